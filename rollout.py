@@ -1,0 +1,457 @@
+"""Agents with a bounded memory, and the sampler that keeps all of them going in lock step.
+
+An agent is a small object: `prompt()` gives (token ids, most new tokens), or None when it has finished, and `receive(ids)`
+takes the response. A sampler is any callable (prompts, limits, keys) -> responses, all of them token ids: `Sampler` is the
+language model behind Hugging Face `generate`; a scripted one serves tests and demonstrations. `rollout` joins the two and
+records every turn, so that training sees exactly the ids that were sampled. Nothing is ever decoded and encoded again.
+
+    python rollout.py            a demo on a random model, offline in seconds
+
+Differences from the papers:
+  1. The wording of the prompts is ours, and the final answer's prompt holds no section (the text of MemTrain says so; its
+     printed template still shows one).
+  2. `chunk_first` puts the section before the memory, so that all trajectories of a document share its keys and values.
+  3. Noise is a hash of (seed, step, trajectory, turn, position), not a generator's state: a rollout does not depend on how
+     its rows were batched, cut into segments or divided over ranks, and there is no random state to save.
+
+Letters in shapes: B rows, N columns, V vocabulary.
+"""
+
+import contextlib
+import hashlib
+import re
+from typing import NamedTuple
+
+import torch
+
+TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
+FIELDS = re.compile(r"\{(problem|memory|section)\}")
+NO_MEMORY = "No previous memory"
+
+PROBLEM = (
+    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, which entity does "
+    "[MASK] stand for?"
+)
+
+TEMPLATES = {
+    "update": """You are reading a long article section by section, and only your memory passes from one section to the \
+next. Read the section below and write the updated memory: keep what the old memory says that may still be needed, add \
+what the section says that helps with the problem, and keep other facts (names, places, numbers, dates) that may be asked \
+for later. Be concise, and write nothing but the memory.
+
+<problem>
+{problem}
+</problem>
+
+<memory>
+{memory}
+</memory>
+
+<section>
+{section}
+</section>
+
+Updated memory:
+""",
+    "answer": """You have read a long article section by section, and this memory is all that is left of it. Solve the \
+problem from the memory, and put nothing but the final answer into \\boxed{}.
+
+<problem>
+{problem}
+</problem>
+
+<memory>
+{memory}
+</memory>
+
+Your answer:
+""",
+    "recall": """Below are your memory of an article and one of its earlier sections, in which an entity was replaced by \
+[TARGET]. Use the memory and the section to find out which entity [TARGET] stands for, and put nothing but that entity \
+into \\boxed{}.
+
+<memory>
+{memory}
+</memory>
+
+<section>
+{section}
+</section>
+
+Your answer:
+""",
+}
+
+
+# ---------------------------------------------------------------------------------------------------- text to token ids
+
+
+def cleaner(tokenizer):
+    """A function text -> text of the same length in which nothing can pass for structure.
+
+    Every token that the tokenizer recognises by its spelling (`<|im_end|>`, `</think>`) and every tag of ours loses its
+    first character to a look-alike, and lone surrogates, which no tokenizer takes, become U+FFFD. The length stays, so
+    character spans stay valid. (`split_special_tokens` would miss added tokens that are not 'special'.)
+
+    >>> from types import SimpleNamespace
+    >>> clean = cleaner(SimpleNamespace(all_special_tokens=["<|im_end|>"], get_added_vocab=lambda: {"</think>": 7}))
+    >>> clean("a<|im_end|> <b> </memory> [MASK] </think>")
+    'a‹|im_end|> <b> ‹/memory> [MASK] ‹/think>'
+    """
+    forged = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), *(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/"))}
+    first = {}  # first character -> the rests of the strings that start with it
+    for token in sorted(forged - {"[MASK]", "[TARGET]"}):
+        if token.strip():
+            first.setdefault(token[0], []).append(re.escape(token[1:]))
+    pattern = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(rests)})" for c, rests in first.items()) + "|[\ud800-\udfff]")
+    return lambda text: pattern.sub(lambda match: "\ufffd" if "\ud800" <= match.group() <= "\udfff" else "‹", text)
+
+
+class Template:
+    """A one-message conversation with fields, as token ids: `template(memory=ids, section=ids)` -> ids.
+
+    The text goes through the tokenizer's chat template once (thinking off, where it has a switch), is cut at its fields,
+    and the literal pieces are tokenised once; what fills the fields is spliced in as ids. `len()` counts the literal ids.
+    """
+
+    def __init__(self, tokenizer, text):
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or set tokenizer.chat_template")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        literals, self.fields = FIELDS.split(text)[::2], FIELDS.split(text)[1::2]
+        self.literals = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in literals]
+
+    def __call__(self, **fields):
+        ids = list(self.literals[0])
+        for name, literal in zip(self.fields, self.literals[1:], strict=True):
+            ids += fields[name]
+            ids += literal
+        return ids
+
+    def __len__(self):
+        return sum(map(len, self.literals))
+
+
+class Prompts:
+    """All that stands between text and token ids: the templates of a tokenizer, and what its ids mean to an agent.
+
+    update, answer, recall: `Template`s; clean: see `cleaner`; order: "memory_first" (the papers') or "chunk_first".
+    """
+
+    def __init__(self, tokenizer, texts=TEMPLATES, order="memory_first"):
+        self.tokenizer, self.clean = tokenizer, cleaner(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the one that ends a turn")
+        if order == "chunk_first":
+            swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
+            texts = {name: swap.sub(r"\3\2\1", text) for name, text in texts.items()}
+        for name, text in texts.items():
+            setattr(self, name, Template(tokenizer, text))
+        self.no_memory = self.encode(NO_MEMORY)
+        self.special_ids = {*tokenizer.all_special_ids}
+
+    def encode(self, text):
+        """Token ids of any text, made safe first."""
+        return self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
+
+    def plain(self, ids):
+        """A response less its end token and whatever else is special: what may be spliced into the next prompt."""
+        return [i for i in ids if i not in self.special_ids]
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def longest(self, problem, chunk_tokens, memory_tokens, answer_tokens):
+        """Tokens of the longest prompt and response that a Reader or a Recaller can come to."""
+        update = len(self.update) + len(problem) + memory_tokens + chunk_tokens + memory_tokens
+        recall = len(self.recall) + memory_tokens + chunk_tokens + answer_tokens
+        return max(update, recall, len(self.answer) + len(problem) + memory_tokens + answer_tokens)
+
+
+# --------------------------------------------------------------------------------------------------------------- agents
+
+
+class Turn(NamedTuple):
+    """One training sequence: what the model saw, what it wrote, and whether the limit cut it before an end token."""
+
+    prompt_ids: list
+    response_ids: list
+    truncated: bool
+
+
+class Agent:
+    """What all agents have: prompts, a key (the identity of its noise: document, trajectory, ..), and its turns so far."""
+
+    def __init__(self, prompts, key):
+        self.prompts, self.key, self.turns = prompts, tuple(key), []
+
+
+class Reader(Agent):
+    """Reads chunk after chunk into a memory, then answers from the memory alone (MemTrain sections 3.1, 3.3; MemAgent).
+
+    problem: token ids; chunks: list of token ids. memories[t] is the memory after turn t, memories[0] the empty one.
+    `answer` is the text of the last response, None before.
+    """
+
+    def __init__(self, prompts, problem, chunks, memory_tokens, answer_tokens, key=(0,)):
+        super().__init__(prompts, key)
+        self.problem, self.chunks = problem, chunks
+        self.memory_tokens, self.answer_tokens = memory_tokens, answer_tokens
+        self.memories, self.answer = [prompts.no_memory], None
+
+    def prompt(self):
+        if self.answer is not None:
+            return None
+        turn, memory = len(self.memories), self.memories[-1]
+        if turn <= len(self.chunks):
+            section = self.chunks[turn - 1]
+            return self.prompts.update(problem=self.problem, memory=memory, section=section), self.memory_tokens
+        return self.prompts.answer(problem=self.problem, memory=memory), self.answer_tokens
+
+    def receive(self, response):
+        if len(self.memories) <= len(self.chunks):
+            self.memories.append(self.prompts.plain(response))  # the whole response is the memory, nothing is parsed
+        else:
+            self.answer = self.prompts.text(response)
+
+
+class Recaller(Agent):
+    """Names the entity hidden in an earlier section, from a memory, in one turn (intermediate memory recall, section 3.3).
+
+    memory, section: token ids; the section holds [TARGET]. All samples of one recall have the same prompt.
+    """
+
+    def __init__(self, prompts, memory, section, answer_tokens, key=(0,)):
+        super().__init__(prompts, key)
+        self.memory, self.section, self.answer_tokens, self.answer = memory, section, answer_tokens, None
+
+    def prompt(self):
+        if self.answer is None:
+            return self.prompts.recall(memory=self.memory, section=self.section), self.answer_tokens
+
+    def receive(self, response):
+        self.answer = self.prompts.text(response)
+
+
+def rollout(agents, sampler):
+    """Runs all agents to their end, each turn of all of them in one call of the sampler; fills `agent.turns`."""
+    while asked := [(agent, *prompt) for agent in agents if (prompt := agent.prompt())]:
+        waiting, prompts, limits = zip(*asked)
+        responses = sampler(prompts, limits, [(*agent.key, len(agent.turns)) for agent in waiting])
+        for agent, prompt, response in zip(waiting, prompts, responses, strict=True):
+            truncated = not response or response[-1] not in agent.prompts.special_ids
+            agent.turns.append(Turn(prompt, response, truncated))
+            agent.receive(response)
+    return agents
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def _mix(x):
+    """A 32-bit integer hash (two rounds of multiply and xor-shift), held in int64 as torch has no unsigned arithmetic."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def gumbel_noise(keys, position, vocabulary):
+    """Gumbel(0, 1) noise (B, V) in fp32, a pure function of (key, position, token); keys: (B, 2) int64 below 2**32.
+
+    argmax(logits + noise) is a sample of softmax(logits) (the Gumbel-max trick).
+    """
+    row = _mix(keys[:, 0] ^ _mix(keys[:, 1] + position * 0x9E3779B9 & 0xFFFFFFFF))[:, None]
+    bits = _mix(_mix(torch.arange(vocabulary, device=keys.device) ^ row) ^ keys[:, 1:])
+    uniform = ((bits >> 9).float() + 0.5) / 2**23  # 23 bits and a half: neither 0 nor 1 is ever reached in fp32
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _row_keys(keys, *salt):
+    """(B, 2) int64: 64 hashed bits of each key, so that neighbouring keys have unrelated noise."""
+    digests = [hashlib.blake2b(repr((*salt, *key)).encode(), digest_size=8).digest() for key in keys]
+    return torch.tensor([[int.from_bytes(d[:4], "little"), int.from_bytes(d[4:], "little")] for d in digests])
+
+
+class _Noise:
+    """A logits processor: scores (B, V) -> scores plus this position's noise, whose argmax is the sample."""
+
+    def __init__(self, keys, position):
+        self.keys, self.position = keys, position
+
+    def __call__(self, input_ids, scores):
+        scores = scores.float() + gumbel_noise(self.keys, self.position, scores.shape[-1])
+        self.position += 1
+        return scores
+
+
+def shared_prefixes(prompts):
+    """Groups prompts by common prefixes: list of (prefix length, indices). Every prompt keeps at least one token of its own.
+
+    After sorting, neighbours share most. A range of the sorted list is either one group, which saves (size - 1) * its
+    shortest common prefix, or is split where that prefix is shortest, whichever saves more tokens.
+
+    >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
+    [(3, [0, 3, 2]), (1, [1])]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    common = [0] + [_common_prefix(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
+
+    def best(low, high):  # -> (tokens saved, groups)
+        if high - low == 1:
+            return 0, [(len(prompts[order[low]]) - 1, order[low:high])]
+        shortest = min(common[low + 1 : high])
+        cuts = [low, *(i for i in range(low + 1, high) if common[i] == shortest), high]
+        saved, groups = zip(*map(best, cuts, cuts[1:]))
+        together = (high - low - 1) * shortest
+        if shortest and together >= sum(saved):
+            return together, [(shortest, order[low:high])]
+        return sum(saved), sum(groups, [])
+
+    return best(0, len(order))[1] if prompts else []
+
+
+def _common_prefix(a, b):
+    """Tokens that a and b begin with, at most all but the last of the shorter one (bisection: list comparison is fast)."""
+    low, high = 0, min(len(a), len(b)) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+class Sampler:
+    """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> list of response id lists.
+
+    A response ends with its end token, unless its limit cut it. Prompts that are equal or begin alike are prefilled once
+    and their cache is repeated; rows are packed under `kv_tokens` (rows * columns of the cache); after every `segment` new
+    tokens, finished rows leave the batch. Greedy where temperature is 0.
+
+    model: a causal language model; end_ids, pad_id: its end tokens and any id for padding; seed, step: part of the noise's
+    key, as are the keys given with every call.
+    """
+
+    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0):
+        self.model, self.end_ids, self.pad_id = model, sorted(end_ids), pad_id
+        self.temperature, self.top_p, self.kv_tokens, self.segment = temperature, top_p, kv_tokens, segment
+        self.seed, self.step = seed, 0
+        self.prefill_tokens = self.decode_tokens = 0  # row-tokens that went through the model, padding included
+
+    @torch.no_grad()
+    def __call__(self, prompts, limits, keys):
+        responses = [None] * len(prompts)
+        with self._own_settings():
+            for batch in self._batches(prompts, limits):
+                self._generate(batch, prompts, limits, keys, responses)
+        return responses
+
+    @contextlib.contextmanager
+    def _own_settings(self):
+        """eval() (checkpointing and dropout spoil generation) and a fresh generation_config on the model itself: fields
+        left unset in one that is passed to `generate` would be filled from the checkpoint's (top_k, repetition_penalty)."""
+        from transformers import GenerationConfig
+
+        shipped, training = self.model.generation_config, self.model.training
+        self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.generation_config = shipped
+            self.model.train(training)
+
+    def _batches(self, prompts, limits):
+        """Groups -> batches of groups, longest first; rows * columns of each stay within kv_tokens (one row always fits)."""
+        def columns(groups):  # shared prefixes, then the rows' own rests and responses
+            return max(n for n, _ in groups) + max(len(prompts[i]) - n + limits[i] for n, rows in groups for i in rows)
+
+        batches, batch = [], []
+        for prefix, rows in sorted(shared_prefixes(prompts), key=lambda group: -columns([group])):
+            while rows:
+                room = self.kv_tokens // columns([*batch, (prefix, rows)]) - sum(len(rows) for _, rows in batch)
+                if batch and room < len(rows):  # a group is split only when it is too large for a batch of its own
+                    batches.append(batch)
+                    batch = []
+                else:
+                    batch.append((prefix, rows[: max(room, 1)]))
+                    rows = rows[max(room, 1) :]
+        return [*batches, batch] if batch else batches
+
+    def _prefill(self, batch, prompts):
+        """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N), cache of the prefixes."""
+        from transformers import DynamicCache
+
+        device = self.model.device
+        prefixes = [prompts[rows[0]][:length] for length, rows in batch]
+        rows = [(i, group) for group, (_, members) in enumerate(batch) for i in members]
+        rests = [prompts[i][batch[group][0] :] for i, group in rows]
+        left, left_mask = _pad_left(prefixes, self.pad_id, device)
+        right, right_mask = _pad_left(rests, self.pad_id, device)
+        group = torch.tensor([group for _, group in rows], device=device)
+        cache = None
+        if left.shape[1]:
+            cache = DynamicCache(config=self.model.config)
+            positions = (left_mask.cumsum(-1) - 1).clamp(min=0)
+            self.model(left, attention_mask=left_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            cache.batch_select_indices(group)
+        self.prefill_tokens += left.numel() + right.numel()
+        ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
+        return [i for i, _ in rows], ids, mask, cache
+
+    def _generate(self, batch, prompts, limits, keys, responses):
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        rows, ids, mask, cache = self._prefill(batch, prompts)
+        noise_keys = _row_keys([keys[i] for i in rows], self.seed, self.step).to(ids.device)
+        start, done = ids.shape[1], 0  # column of the first new token; new tokens so far
+        while rows:
+            processors = LogitsProcessorList()
+            if self.temperature and self.temperature != 1:
+                processors.append(TemperatureLogitsWarper(float(self.temperature)))
+            if self.temperature and self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+            if self.temperature:
+                processors.append(_Noise(noise_keys, done))
+            count = min(self.segment, max(limits[i] for i in rows) - done)
+            out = self.model.generate(
+                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, min_new_tokens=0,
+                logits_processor=processors, return_dict_in_generate=True, use_cache=True,
+            )  # fmt: skip
+            ids, cache = out.sequences, out.past_key_values
+            self.decode_tokens += len(rows) * (ids.shape[1] - start - done)
+            done = ids.shape[1] - start
+            keep = []
+            for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
+                end = next((n + 1 for n, token in enumerate(new[: limits[i]]) if token in self.end_ids), None)
+                if end or done >= limits[i]:
+                    responses[i] = new[: end or limits[i]]
+                else:
+                    keep.append(row)
+            if len(keep) < len(rows) and keep:
+                select = torch.tensor(keep, device=ids.device)
+                cache.batch_select_indices(select)
+                ids, mask, noise_keys = ids[select], mask[select], noise_keys[select]
+            rows = [rows[row] for row in keep]
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], ids.shape[1] - mask.shape[1])], 1)
+
+
+def _pad_left(sequences, pad_id, device):
+    """Lists of ids -> ids (B, N) and mask (B, N), padded on the left."""
+    width = max(map(len, sequences))
+    ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
+    mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+    return (torch.tensor(rows, dtype=torch.long, device=device).view(len(sequences), width) for rows in (ids, mask))
+
+
+if __name__ == "__main__":
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)  # fmt: skip
+    sampler = Sampler(Qwen3ForCausalLM(config), end_ids=[0], segment=8)
+    prompts, keys = [[5, 6, 7, 8]] * 4 + [[5, 6, 9]], [(0, i) for i in range(5)]
+    print("groups:", shared_prefixes(prompts))
+    together, alone = sampler(prompts, [20] * 5, keys), [sampler([p], [20], [k])[0] for p, k in zip(prompts, keys)]
+    print(*together, sep="\n")
+    print("the same, one by one:", together == alone)

@@ -1,0 +1,278 @@
+"""GRPO on turns: group advantages, log-probs over shared prefixes without padding, the clipped loss and its KL.
+
+Every turn (prompt, response) is one training sequence. Turns that begin alike run as one unit: the common prefix once, then
+each turn's own tail, which attends to the prefix and to itself only:
+
+    row      = unit | unit | ...                      up to tokens_per_forward tokens, nothing is ever padded
+    unit     = prefix | tail 1 | tail 2 | ...         positions restart after the prefix in every tail
+    tail     = rest of the prompt + response, less its last token
+
+Loss tensors are flat, one entry per response token of the batch, in the order of the turns.
+
+    python grpo.py               a demo: a random model learns to repeat a token, offline in seconds
+
+Differences from the papers: none in the loss. MEM1 stitches the pruned turns of a trajectory into one sequence under an
+attention mask, which is an approximation; one sequence per turn is exact.
+
+Letters in shapes: Q groups, G members of a group, N response tokens, L tokens of a row, H heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+ATTENTION = "shared_prefix"  # the name of our attention function in transformers' AttentionInterface
+HEAD_CHUNK = 1024  # response positions whose logits exist at one time
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def group_advantages(rewards, scale="none", eps=1e-6):
+    """Rewards (Q, G) -> advantages (Q, G): reward - mean of its group (Dr. GRPO); scale="group" also divides by the group's
+    unbiased standard deviation + eps (GRPO). One value per TRAJECTORY: expand to turns afterwards, never before.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
+    """
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (rewards.std(-1, keepdim=True) + eps)
+    return advantages
+
+
+def token_weights(lengths, aggregate, document=None, count=None):
+    """The share of every response token in the loss (sum(lengths),), for turns of these lengths.
+
+    aggregate: "sequence", eq. 4: mean over a turn's tokens, over a document's turns, over documents (`document`: one
+    hashable per turn; without it all turns are of one); "token": mean over all tokens (MemAgent, DAPO); "constant":
+    1 / (turns * count), so that long responses weigh more but not less per token than short ones (Dr. GRPO; `count`:
+    the response limit).
+    Compute it once over the turns of all ranks: the gradient then depends neither on packing nor on the number of GPUs.
+
+    >>> token_weights([1, 3], "sequence").tolist()[:2], token_weights([1, 3], "token").tolist()[:2]
+    ([0.5, 0.1666666716337204], [0.25, 0.25])
+    """
+    lengths = torch.as_tensor(lengths)
+    if aggregate == "sequence":
+        document = [0] * len(lengths) if document is None else list(document)
+        turns = {d: document.count(d) for d in set(document)}
+        per_token = torch.tensor([1 / (len(turns) * turns[d]) for d in document], dtype=torch.float64) / lengths
+    elif aggregate == "token":
+        per_token = torch.full((len(lengths),), 1 / max(int(lengths.sum()), 1), dtype=torch.float64)
+    elif aggregate == "constant":
+        per_token = torch.full((len(lengths),), 1 / (len(lengths) * count), dtype=torch.float64)
+    else:
+        raise ValueError(f"aggregate is {aggregate!r}: use sequence, token or constant")
+    return per_token.repeat_interleave(lengths).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def policy_loss(logps, old_logps, advantages, weights, *, clip_low=0.2, clip_high=0.2, dual_clip=None, ref_logps=None, kl_coef=0.0):
+    """The GRPO objective to minimise (eq. 3, 4): sum of weights * (clipped surrogate + kl_coef * k3). All tensors (N,).
+
+    k3 = exp(d) - d - 1 with d = ref - policy log-prob, an unbiased estimate of KL(policy || reference) on the policy's
+    samples, not multiplied by the ratio (MemAgent's code). dual_clip c bounds the loss of tokens with a negative advantage
+    at -A * c. -> (loss, metrics): the metrics are means over the N tokens, as detached scalars.
+    """
+    ratio = torch.exp((logps - old_logps).clamp(-20, 20))
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # eq. 3
+    if dual_clip:
+        loss = torch.where(advantages < 0, torch.min(loss, -advantages * dual_clip), loss)
+    metrics = {
+        "clip_high": ((ratio > 1 + clip_high) & (advantages > 0)).float().mean(),
+        "clip_low": ((ratio < 1 - clip_low) & (advantages < 0)).float().mean(),
+        "ratio": ratio.mean(),
+        "entropy": -logps.mean(),
+    }
+    if ref_logps is not None:
+        d = (ref_logps - logps).clamp(-20, 20)
+        k3 = torch.exp(d) - d - 1
+        loss = loss + kl_coef * k3
+        metrics["kl"] = k3.mean()
+    return (weights * loss).sum(), {name: value.detach() for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------- rows of shared prefixes
+
+
+def shared_prefixes(prompts):
+    """Groups prompts by common prefixes: list of (prefix length, indices). Every prompt keeps at least one token of its own.
+
+    After sorting, neighbours share most. A range of the sorted list is either one group, which saves (size - 1) * its
+    shortest common prefix, or is split where that prefix is shortest, whichever saves more tokens. (rollout.py has the same
+    function: files that import none of each other can be copied alone.)
+
+    >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
+    [(3, [0, 3, 2]), (1, [1])]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    common = [0] + [_common_prefix(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
+
+    def best(low, high):  # -> (tokens saved, groups)
+        if high - low == 1:
+            return 0, [(len(prompts[order[low]]) - 1, order[low:high])]
+        shortest = min(common[low + 1 : high])
+        cuts = [low, *(i for i in range(low + 1, high) if common[i] == shortest), high]
+        saved, groups = zip(*map(best, cuts, cuts[1:]))
+        together = (high - low - 1) * shortest
+        if shortest and together >= sum(saved):
+            return together, [(shortest, order[low:high])]
+        return sum(saved), sum(groups, [])
+
+    return best(0, len(order))[1] if prompts else []
+
+
+def _common_prefix(a, b):
+    """Tokens that a and b begin with, at most all but the last of the shorter one (bisection: list comparison is fast)."""
+    low, high = 0, min(len(a), len(b)) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def pack(prompts, responses, tokens_per_forward):
+    """Divides turns into rows of at most tokens_per_forward tokens: list of (tokens, turn indices), longest row first.
+
+    Groups with a common prefix stay together as far as they fit; a turn that is too long by itself gets a row of its own.
+    """
+    units = []  # (tokens, turns)
+    for prefix, turns in shared_prefixes(prompts):
+        tokens, unit = prefix, []
+        for i in turns:
+            tail = len(prompts[i]) - prefix + len(responses[i]) - 1
+            if unit and tokens + tail > tokens_per_forward:
+                units.append((tokens, unit))
+                tokens, unit = prefix, []
+            tokens, unit = tokens + tail, [*unit, i]
+        units.append((tokens, unit))
+    rows = []  # first fit, longest unit first
+    for tokens, unit in sorted(units, key=lambda unit: -unit[0]):
+        row = next((row for row in rows if row[0] + tokens <= tokens_per_forward), None)
+        if row is None:
+            rows.append(row := [0, []])
+        row[0] += tokens
+        row[1] += unit
+    return sorted(map(tuple, rows), key=lambda row: -row[0])
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, units=None, **kwargs):
+    """Attention of a row of units; query (1, H, L, D), key and value (1, H or fewer, L, D) -> (1, L, H, D).
+
+    units: list of (prefix length, tail lengths), in the order of the row. Without it (generation, scoring) this is
+    transformers' own scaled dot-product attention, mask and all.
+    """
+    if units is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:  # a mask together with enable_gqa falls to the slow kernel there
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+
+    def attend(queries, *keys):  # queries see all keys up to themselves, the last query being at the last key
+        k, v = (x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2) for x in (key, value))
+        q = query[:, :, queries]
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped and not query.is_cuda)
+
+    outputs, start = [], 0
+    for prefix, tails in units:
+        shared, start = slice(start, start + prefix), start + prefix
+        if prefix:
+            outputs.append(attend(shared, shared))
+        for tail in tails:
+            own, start = slice(start, start + tail), start + tail
+            outputs.append(attend(own, shared, own) if prefix else attend(own, own))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+# --------------------------------------------------------------------------------------------------------------- policy
+
+
+class Policy(nn.Module):
+    """The language model as training sees it, and the root that is sharded: turns in, log-probs of their responses out.
+
+    lm: a causal language model of transformers, loaded as usual; it stays `.lm`, for `generate` and `save_pretrained`.
+    """
+
+    def __init__(self, lm):
+        super().__init__()
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        # The mask function of the same name matters: without one, `generate` would ignore left padding.
+        AttentionInterface.register(ATTENTION, shared_prefix_attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        lm.set_attn_implementation(ATTENTION)
+        self.lm = lm
+
+    def forward(self, prompts, responses, temperature=1.0):
+        """Lists of token-id lists -> list of (length of response,) fp32 log-probs, in the order given; all in one row.
+
+        temperature divides the logits, as it did when the responses were sampled.
+        """
+        row, positions, units, predictors, order = [], [], [], [], []
+        for prefix, turns in shared_prefixes(prompts):
+            prefix = prefix if len(turns) > 1 else 0
+            row += prompts[turns[0]][:prefix]
+            positions += range(prefix)
+            units.append((prefix, []))
+            for i in turns:
+                tail = [*prompts[i][prefix:], *responses[i][:-1]]
+                # the hidden state at the prompt's last token predicts the response's first
+                predictors += range(len(row) + len(prompts[i]) - prefix - 1, len(row) + len(tail))
+                row += tail
+                positions += range(prefix, prefix + len(tail))
+                units[-1][1].append(len(tail))
+                order.append(i)
+        device = self.lm.device
+        # A 4-D mask passes through transformers untouched: an empty one keeps it from building one of L x L.
+        hidden = self.lm.base_model(
+            input_ids=torch.tensor([row], device=device), position_ids=torch.tensor([positions], device=device),
+            attention_mask=torch.empty(1, 1, 0, 0, device=device), use_cache=False, units=units,
+        ).last_hidden_state[0]  # fmt: skip
+        targets = torch.tensor([token for i in order for token in responses[i]], device=device)
+        logps = self._token_logps(hidden[torch.tensor(predictors, device=device)], targets, temperature)
+        by_turn = dict(zip(order, logps.split([len(responses[i]) for i in order])))
+        return [by_turn[i] for i in range(len(prompts))]
+
+    def _token_logps(self, hidden, targets, temperature):
+        """Hidden states (N, width), targets (N,) -> log-probs (N,), a chunk of logits at a time, made again in backward."""
+        head = self.lm.get_output_embeddings()
+
+        def chunk_logps(h, target):
+            logits = head(h).float() / temperature
+            return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+
+        chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+        return torch.cat([checkpoint(chunk_logps, h, target, use_reentrant=False) for h, target in chunks])
+
+
+if __name__ == "__main__":
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)  # fmt: skip
+    policy, Q, G = Policy(Qwen3ForCausalLM(config)), 8, 8
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for step in range(41):
+        asked = torch.randint(16, (Q,)).tolist()
+        prompts = [[1, 2, 3, token] for token in asked for _ in range(G)]
+        with torch.no_grad():  # one-token responses, sampled; the reward is 1 where the prompt's last token is repeated
+            sampled = torch.multinomial(policy.lm(torch.tensor(prompts)).logits[:, -1].softmax(-1), 1).tolist()
+        rewards = torch.tensor([float(response == prompt[-1:]) for prompt, response in zip(prompts, sampled)]).view(Q, G)
+        logps = torch.cat(policy(prompts, sampled))
+        weights = token_weights([1] * Q * G, "sequence")
+        loss, metrics = policy_loss(logps, logps.detach(), group_advantages(rewards).flatten(), weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"step {step:02d} | reward {rewards.mean():.2f} | entropy {metrics['entropy']:.2f}")

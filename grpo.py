@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 ATTENTION = "shared_prefix"  # the name of our attention function in transformers' AttentionInterface
 HEAD_CHUNK = 1024  # response positions whose logits exist at one time
+BATCHED_SCORES = 2**19  # attention scores (segments * queries * keys) up to which short segments share a call
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
@@ -161,35 +162,62 @@ def pack(prompts, responses, tokens_per_forward):
     return sorted(map(tuple, rows), key=lambda row: -row[0])
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, units=None, **kwargs):
+def attention_plan(units, device):
+    """What attends to what in a row: list of (queries (n, q), keys (n, k), mask), row positions of n segments at a time, and
+    the order (L,) that puts the valid outputs of all of them, one after the other, back into the row.
+
+    units: list of (prefix length, tail lengths), in the order of the row. Small segments of similar size share one call, as
+    the overhead of a call is larger than their work; they are filled up with position 0, which the mask or the order drops.
+    """
+    segments, start = [], 0  # (first position of the prefix, its length, first position, length)
+    for prefix, tails in units:
+        first = start
+        for before, length in [(0, prefix), *((prefix, tail) for tail in tails)]:
+            if length:
+                segments.append((first, before, start, length))
+                start += length
+    plan, order, batch = [], [], []
+    for segment in [*sorted(segments, key=lambda s: (s[1] + s[3], s[3])), None]:
+        if batch:
+            wide = [*batch, segment] if segment else []
+            q, k = (max((n * s[1] + s[3] for s in wide), default=0) for n in (0, 1))
+            if segment and len(wide) * q * k <= BATCHED_SCORES and len(wide) * q * k <= 2 * sum(s[3] * (s[1] + s[3]) for s in wide):
+                batch = wide
+                continue
+            q, k = (max(n * s[1] + s[3] for s in batch) for n in (0, 1))
+            queries = [[*range(s, s + n)] + [0] * (q - n) for _, _, s, n in batch]
+            keys = [[*range(f, f + b), *range(s, s + n)] + [0] * (k - b - n) for f, b, s, n in batch]
+            before = torch.tensor([s[1] for s in batch], device=device)[:, None, None, None]
+            columns, rows = torch.arange(k, device=device), torch.arange(q, device=device)[:, None]
+            # query i of a segment is its key before + i and sees all keys up to there (lower-right causal)
+            mask = columns <= before + rows if len(batch) > 1 else causal_lower_right(q, k)
+            plan.append((torch.tensor(queries, device=device), torch.tensor(keys, device=device), mask, [s[3] for s in batch]))
+            order += [position for _, _, s, n in batch for position in range(s, s + n)]
+        batch = [segment]
+    return plan, torch.tensor(order, device=device).argsort()
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, plan=None, **kwargs):
     """Attention of a row of units; query (1, H, L, D), key and value (1, H or fewer, L, D) -> (1, L, H, D).
 
-    units: list of (prefix length, tail lengths), in the order of the row. Without it (generation, scoring) this is
-    transformers' own scaled dot-product attention, mask and all.
+    plan: of `attention_plan`. Without it (generation, scoring) this is transformers' own scaled dot-product attention,
+    mask and all.
     """
-    if units is None:
+    if plan is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    segments, order = plan
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda:  # a mask together with enable_gqa falls to the slow kernel there
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-
-    def attend(queries, *keys):  # queries see all keys up to themselves, the last query being at the last key
-        k, v = (x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2) for x in (key, value))
-        q = query[:, :, queries]
-        mask = causal_lower_right(q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped and not query.is_cuda)
-
-    outputs, start = [], 0
-    for prefix, tails in units:
-        shared, start = slice(start, start + prefix), start + prefix
-        if prefix:
-            outputs.append(attend(shared, shared))
-        for tail in tails:
-            own, start = slice(start, start + tail), start + tail
-            outputs.append(attend(own, shared, own) if prefix else attend(own, own))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, D)
+    outputs = []
+    for queries, keys, mask, lengths in segments:
+        q, k, v = query[queries].transpose(1, 2), key[keys].transpose(1, 2), value[keys].transpose(1, 2)  # (n, H, q or k, D)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped and not query.is_cuda).transpose(1, 2)
+        outputs += [rows[:length] for rows, length in zip(out, lengths)]
+    return torch.cat(outputs)[order][None], None
 
 
 # --------------------------------------------------------------------------------------------------------------- policy
@@ -235,7 +263,8 @@ class Policy(nn.Module):
         # A 4-D mask passes through transformers untouched: an empty one keeps it from building one of L x L.
         hidden = self.lm.base_model(
             input_ids=torch.tensor([row], device=device), position_ids=torch.tensor([positions], device=device),
-            attention_mask=torch.empty(1, 1, 0, 0, device=device), use_cache=False, units=units,
+            attention_mask=torch.empty(1, 1, 0, 0, device=device), use_cache=False,
+            plan=attention_plan(units, device),
         ).last_hidden_state[0]  # fmt: skip
         targets = torch.tensor([token for i in order for token in responses[i]], device=device)
         logps = self._token_logps(hidden[torch.tensor(predictors, device=device)], targets, temperature)

@@ -1,0 +1,252 @@
+"""The embedded default: a pocket encyclopedia, its tokenizer, model and oracle, so that everything runs without a download.
+
+    python tiny.py          one masked document, its chunks, and the oracle's way through it (seconds)
+
+The world. Every fact is four words: `Oslo sells wool .` would be one. 25 made-up cities have 4 attributes of 5 values each, arranged
+in orthogonal Latin squares: one clue leaves five candidates, any two clues leave one. These facts never change; they are the
+encyclopedia, which the warm start puts into the model. What people like, own, play and visit is drawn anew for every document, so
+that nothing but memory can answer for it. A masked document hides one city, with a few clues in different chunks, among facts about
+people and other cities: what the mask stands for must be inferred from what was kept of several chunks and what the model knows.
+
+The oracle stands in the sampler's place in rollout(): it reads a prompt and writes the response that a model with faithful copying
+and a mediocre sense of relevance would write. Fine-tuning on the turns that it leaves behind is the warm start.
+
+How it differs from real data:
+1. Every word is one token, every fact four; chunks of a multiple of four tokens never cut a fact (anything else works, and cuts some).
+2. Passages are two facts; related passages are facts about other cities that share clues with the masked one.
+3. Entities are known, not recognised: names, cities and things, each with its exact span.
+4. Prompts are a few words long, since the model has never read anything else.
+"""
+import json
+import random
+import re
+
+import torch
+
+MASK, TARGET = "[MASK]", "[TARGET]"
+FACT = 4  # tokens of a fact: subject, verb, object, full stop
+FACTS_PER_CHUNK = 4  # documents(chunks=n) holds n times as many facts
+
+CITIES = ("Alda Brin Cora Dorn Elva Farn Gora Hest Irra Jund Kolm Lira Morn Nava Orsk Pell Quen Rhun Sarn Tarn Ulma Varn Welm "
+          "Yarn Zell").split()
+CLUES = {  # verb: the values of a city's attribute
+    "sells": "wool salt silver glass silk".split(),
+    "grows": "barley rye oats flax hops".split(),
+    "honours": "bear wolf stag swan hawk".split(),
+    "faces": "river sea marsh hills desert".split(),
+}
+PEOPLE = ("Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Quin Rosa Sam Tess Uma Vera Will Xena Yan Zoe "
+          "Abel Beth Carl Dora Emil Faye Glen Hope Ines Jack Kurt Lola Mike Nina Otto Paul Rita Saul Tina Ugo Vito Wanda Amir "
+          "Bela Cora2").split()[:48]
+HABITS = {  # verb: what a person may do with, drawn anew for every document
+    "likes": "tea figs rice plums bread honey cheese soup olives beans corn dates pears eggs mints cakes".split(),
+    "owns": "cat dog horse goat parrot snake rabbit turtle pony lizard hamster falcon mule otter ferret canary".split(),
+    "plays": "harp flute drums chess cello golf tennis piano darts cards viola bugle rugby dice lute polo".split(),
+    "visits": CITIES,
+}
+# Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: two clues meet in exactly one city.
+ENCYCLOPEDIA = {city: {verb: CLUES[verb][value] for verb, value in zip(CLUES, (i // 5, i % 5, (i // 5 + i % 5) % 5, (i // 5 + 2 * (i % 5)) % 5))}
+                for i, city in enumerate(CITIES)}
+
+PROBLEM = f"{MASK} is which city ?"  # the end-to-end question; a person's goes `Ada likes what ?`
+TEMPLATES = {
+    "update": "update <problem> {problem} </problem> <memory> {memory} </memory> <section> {section} </section>",
+    "answer": "answer <problem> {problem} </problem> <memory> {memory} </memory>",
+    "recall": "recall <memory> {memory} </memory> <section> {section} </section>",
+}
+
+TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
+CONFIG = dict(steps=60, documents_per_step=8, documents_per_update=8, recall_draw="document", chunk_tokens=16, memory_tokens=36, answer_tokens=6,
+              lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
+CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence")}
+WARM_START = dict(lr=2e-3, documents=24, weights=dict(update=1.0, answer=0.5, recall=0.5), stages=[
+    dict(steps=150, chunks=1, sizes=dict(chunk_tokens=8, memory_tokens=20), oracle=dict(keep=0.95)),
+    dict(steps=150, chunks=2, sizes={}, oracle=dict(keep=0.9)),
+    dict(steps=300, chunks=3, sizes={}, oracle=dict(keep=0.5)),
+])
+
+
+# ---------------------------------------------------------------- tokenizer and model
+STRUCTURE = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+TAGS = [f"<{slash}{name}>" for name in ("problem", "memory", "section", "think", "search", "answer", "information") for slash in ("", "/")]
+CHAT = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def words():
+    """The vocabulary, in the order of ids: structure, tags, then every word that the world or a template uses."""
+    text = " ".join([PROBLEM, *TEMPLATES.values(), "No previous memory user assistant system what which turns left", TARGET,
+                     "; , . ? : | 0 1 2 3 4 5 6 7 8 9"])
+    facts = [*CITIES, *CLUES, *sum(CLUES.values(), []), *PEOPLE, *HABITS, *sum(HABITS.values(), [])]
+    return list(dict.fromkeys([*STRUCTURE, *TAGS, "\\boxed{", "}", *re.sub(r"\{\w+\}", " ", text).split(), *facts]))
+
+
+def tokenizer():
+    """A word-level PreTrainedTokenizerFast: one id a word; tags, `\\boxed{` and `}` are ordinary words of their own."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words())}, unk_token="<unk>"))
+    pieces = Regex(r"<\|\w+\|>|</?[a-z]+>|\\boxed\{|\[[A-Z]+\]|\w+|[^\w\s]")
+    core.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="removed", invert=True)
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
+                                  additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    tok.chat_template = CHAT
+    return tok
+
+
+def model(seed=0):
+    """A randomly initialised Qwen3ForCausalLM of about 0.5 million parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    eos, pad = words().index("<|im_end|>"), words().index("<pad>")
+    config = Qwen3Config(vocab_size=len(words()), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+                         head_dim=32, intermediate_size=256, max_position_embeddings=4096, tie_word_embeddings=True,
+                         initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+                         eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+# ---------------------------------------------------------------- documents and questions
+def _facts(rng, count, city):
+    """`count` facts [subject, verb, object] for one document: people's habits, and what the encyclopedia says of cities but `city`.
+
+    Nobody has two objects for a verb, and an object serves one person until all have served: within a document of the usual length
+    every fact is determined by any two of its words."""
+    cast = rng.sample(PEOPLE, min(len(PEOPLE), max(2, count // 2)))
+    habits = []
+    for verb, things in HABITS.items():
+        deck = rng.sample(things, len(things))
+        habits += [[person, verb, deck[i % len(deck)]] for i, person in enumerate(rng.sample(cast, len(cast)))]
+    rng.shuffle(habits)
+    known = [[other, verb, thing] for other in CITIES for verb, thing in ENCYCLOPEDIA[other].items() if other != city]
+    rng.shuffle(known)
+    share = count // 5  # about a fifth is about other cities
+    pool = [known[i % len(known)] for i in range(share)] + [habits[i % len(habits)] for i in range(count - share)]
+    rng.shuffle(pool)
+    return pool
+
+
+def _write(facts, answer=None):
+    """Text of the facts, two a passage, a passage a line; the answer masked. Returns (text, spans of its other names and things)."""
+    text, spans = "", []
+    for i, fact in enumerate(facts):
+        for word in fact:
+            word = MASK if word == answer else word
+            if word != MASK and word not in CLUES and word not in HABITS:
+                spans.append([len(text), len(text) + len(word)])
+            text += word + " "
+        text = text[:-1] + (".\n" if i % 2 else ". ")
+    return text.strip(), spans
+
+
+def documents(count, seed, chunks=3, clues=3):
+    """Masked documents as data.py makes them: {"id", "text", "answer", "entities": [[start, end], ..]}.
+
+    Document i depends on (seed, i, chunks) alone. Clues stand in different chunks where there are enough."""
+    rows = []
+    for i in range(count):
+        rng = random.Random(f"document {seed} {i} {chunks}")
+        answer = rng.choice(CITIES)
+        hints = [[answer, verb, ENCYCLOPEDIA[answer][verb]] for verb in rng.sample(list(CLUES), clues)]
+        size = FACTS_PER_CHUNK
+        facts = _facts(rng, chunks * size - clues, answer)
+        places = rng.sample(range(chunks), clues) if chunks >= clues else [j % chunks for j in range(clues)]
+        parts = [[hint for hint, place in zip(hints, places) if place == part] for part in range(chunks)]
+        for part in parts:
+            while len(part) < size:
+                part.append(facts.pop())
+            rng.shuffle(part)
+        text, spans = _write(sum(parts, []), answer)
+        rows.append({"id": f"tiny-{seed}-{i}", "text": text, "answer": answer, "entities": spans})
+    return rows
+
+
+def questions(count, seed, chunks=3):
+    """Long-text questions about what only the document tells: {"id", "question", "answers", "context"}."""
+    rows = []
+    for i in range(count):
+        rng = random.Random(f"question {seed} {i} {chunks}")
+        facts = _facts(rng, chunks * FACTS_PER_CHUNK, None)
+        person, verb, thing = rng.choice([fact for fact in facts if fact[1] in HABITS])
+        rows.append({"id": f"tiny-qa-{seed}-{i}", "question": f"{person} {verb} what ?", "answers": [thing], "context": _write(facts)[0]})
+    return rows
+
+
+# ---------------------------------------------------------------- the oracle
+_VOCABULARY = words()
+_ID = {word: i for i, word in enumerate(_VOCABULARY)}
+
+
+def _block(prompt, tag):
+    """Words between <tag> and </tag> of a list of words, or None."""
+    if f"<{tag}>" not in prompt:
+        return None
+    start = prompt.index(f"<{tag}>") + 1
+    return prompt[start:prompt.index(f"</{tag}>", start)]
+
+
+def _read(text):
+    """The whole facts [subject, verb, object] of a list of words, in order, each once."""
+    facts = []
+    for i in range(len(text) - FACT + 1):
+        s, v, o, stop = text[i:i + FACT]
+        if stop == "." and (v in CLUES or v in HABITS) and [s, v, o] not in facts:
+            facts.append([s, v, o])
+    return facts
+
+
+def _update(problem, memory, section, room, rng, keep, favour):
+    """The next memory: old facts, then new ones, each kept with probability `keep`, by odds `favour` times better when the problem
+    names its subject or object; as many as there is room for."""
+    facts = _read(memory)
+    facts += [fact for fact in _read(section) if fact not in facts]
+    about = [fact[0] in problem or fact[2] in problem for fact in facts]
+    odds = [keep / max(1 - keep, 1e-9) * (favour if a else 1) for a in about]
+    kept = [i for i, o in enumerate(odds) if rng.random() < o / (1 + o)]
+    while len(kept) > room:
+        kept.remove(rng.choices(kept, [1 / favour if about[i] else 1 for i in kept])[0])
+    return [word for i in kept for word in (*facts[i], ".")]
+
+
+def _answer(problem, memory, rng):
+    """What the memory and the encyclopedia say, else a guess among what they leave open."""
+    facts = _read(memory)
+    if MASK in problem:
+        clues = [(v, o) for s, v, o in facts if s == MASK and v in CLUES]
+        fits = [city for city in CITIES if all(ENCYCLOPEDIA[city][v] == o for v, o in clues)]
+        return rng.choice(fits or CITIES)
+    subject, verb = problem[:2]
+    return next((o for s, v, o in facts if (s, v) == (subject, verb)), None) or rng.choice(HABITS.get(verb, CITIES))
+
+
+def _recall(memory, section, rng):
+    """The hidden entity: from a fact of the memory that agrees in the other two words, else from the encyclopedia, else a guess."""
+    known = _read(memory) + [[city, v, o] for city in CITIES for v, o in ENCYCLOPEDIA[city].items()]
+    hidden = [fact for fact in _read(section) if TARGET in fact]
+    for fact in hidden:
+        slot = fact.index(TARGET)
+        found = [other[slot] for other in known if other[1] == fact[1] and other[2 - slot] == fact[2 - slot]]
+        if found:
+            return found[0]
+    s, v, o = hidden[0] if hidden else ("", "", TARGET)
+    return rng.choice(PEOPLE if s == TARGET and v in HABITS else CITIES if s == TARGET else HABITS.get(v) or CLUES.get(v) or CITIES)
+
+
+def oracle(prompts, limits, keys, keep=0.5, favour=1.5, seed=0):
+    """A sampler for rollout(): lists of token ids in, lists of token ids out, each ending in <|im_end|>.
+
+    It sees nothing but the prompt. `keep` is the share of facts that it carries over; deterministic in keys and seed."""
+    responses = []
+    for prompt, limit, key in zip(prompts, limits, keys):
+        rng = random.Random(f"oracle {seed} {tuple(key)} {list(prompt)}")
+        text = [_VOCABULARY[i] for i in prompt]
+        problem, memory, section = (_block(text, tag) for tag in ("problem", "memory", "section"))
+        if problem is None:
+            response = ["\\boxed{", _recall(memory, section, rng), "}"]
+        elif section is None:
+            response = ["\\boxed{", _answer(problem, memory, rng), "}"]
+        else:
+            response = _update(problem, memory, section, (limit - 1) // FACT, rng, keep, favour)
+        responses.append([_ID[word] for word in response][:limit - 1] + [_ID["<|im_end|>"]])
+    return responses

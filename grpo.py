@@ -269,7 +269,7 @@ class Policy(nn.Module):
         targets = torch.tensor([token for i in order for token in responses[i]], device=device)
         logps = self._token_logps(hidden[torch.tensor(predictors, device=device)], targets, temperature)
         by_turn = dict(zip(order, logps.split([len(responses[i]) for i in order])))
-        return [by_turn[i] for i in range(len(prompts))]
+        return [by_turn[i].clone() for i in range(len(prompts))]  # FSDP2 does not take views from its root
 
     def _token_logps(self, hidden, targets, temperature):
         """Hidden states (N, width), targets (N,) -> log-probs (N,), a chunk of logits at a time, made again in backward."""

@@ -416,6 +416,7 @@ class Sampler:
             out = self.model.generate(
                 ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, min_new_tokens=0,
                 logits_processor=processors, return_dict_in_generate=True, use_cache=True,
+                synced_gpus=False,  # no collective inside: ranks have different numbers of rows
             )  # fmt: skip
             ids, cache = out.sequences, out.past_key_values
             self.decode_tokens += len(rows) * (ids.shape[1] - start - done)

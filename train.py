@@ -90,6 +90,7 @@ class Config:
     kv_tokens: int = 0  # tokens of the KV cache in rollout; 0: measured from free memory at the start
     segment: int = 32  # new tokens between looks for finished rows
     gradient_checkpointing: bool = True  # make activations again in backward
+    processes: int = 1  # ranks to start by itself on a CPU; on GPUs use torchrun
     # logging
     eval_every: int = 50  # steps between looks at held-out documents; 0: only before and after
     eval_documents: int = 256  # held-out documents of a look
@@ -513,13 +514,13 @@ def prepare_out(cfg):
 # ------------------------------------------------------------------------------------------------------------ warm start
 
 
-def demonstrations(prompts, stage, documents, seed):
-    """Turns of tiny's oracle on fresh documents and questions: {kind of prompt: turns}."""
-    sampler = functools.partial(tiny.oracle, **stage["oracle"])
-    kit = Kit(Config(**tiny.CONFIG | stage["sizes"]), prompts, tiny.PROBLEM, sampler)
-    half = documents // 2
-    groups = read_and_recall(kit, dict(enumerate(tiny.documents(half, seed, stage["chunks"]))), group=1, recalls=1, salt=seed)
-    groups += read_documents(kit, dict(enumerate(tiny.questions(half, seed, stage["chunks"]), start=half)), group=1, salt=seed)
+def demonstrations(prompts, stage, documents, questions, seed):
+    """Turns of tiny's oracle on fresh documents and questions of these numbers: {kind of prompt: turns}."""
+    kit = Kit(Config(**tiny.CONFIG | stage["sizes"]), prompts, tiny.PROBLEM, functools.partial(tiny.oracle, **stage["oracle"]))
+    documents = {i: tiny.documents(1, f"warm {seed} {i}", stage["chunks"])[0] for i in documents}
+    questions = {i: tiny.questions(1, f"warm {seed} {i}", stage["chunks"])[0] for i in questions}
+    groups = read_and_recall(kit, documents, group=1, recalls=1, salt=f"warm {seed}")
+    groups += read_documents(kit, questions, group=1, salt=f"warm {seed}")
     turns = {"update": [], "answer": [], "recall": []}
     for group in groups:
         for agent in group.agents:
@@ -530,32 +531,37 @@ def demonstrations(prompts, stage, documents, seed):
 
 def warm_start(seed):
     """The pocket model, taught the form of the task by demonstrations: rollout() with tiny's oracle in the sampler's place,
-    then fine-tuning on the recorded turns. Kept in cache/ under a key of its settings. -> folder of the checkpoint"""
+    then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings. -> its folder"""
     settings = json.dumps([tiny.WARM_START, seed, Path(tiny.__file__).read_text()])
     folder = Path("cache", "warm-start-" + hashlib.sha256(settings.encode()).hexdigest()[:12])
-    if folder.exists():
+    if all(everyone(folder.exists())):
         return str(folder)
-    tokenizer, lm = tiny.tokenizer(), tiny.model(seed)
+    tokenizer, lm, recipe = tiny.tokenizer(), tiny.model(seed), tiny.WARM_START
     lm.config.memtrain_world = "tiny"
-    prompts, policy = Prompts(tokenizer, tiny.TEMPLATES), grpo.Policy(lm)
-    recipe = tiny.WARM_START
+    prompts, policy, rank, world = Prompts(tokenizer, tiny.TEMPLATES), grpo.Policy(lm), dist.get_rank(), dist.get_world_size()
     stages = [stage for stage in recipe["stages"] for _ in range(stage["steps"])]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.98))
-    for step, stage in enumerate(tqdm(stages, desc="warm start", disable=dist.get_rank() > 0)):
+    for step, stage in enumerate(tqdm(stages, desc="warm start", disable=rank > 0)):
         left = 1 - step / len(stages)
         for part in optimizer.param_groups:
             part["lr"] = recipe["lr"] * min(1, (step + 1) / 30, max(left / 0.4, 0.1))
-        turns = demonstrations(prompts, stage, recipe["documents"], seed * 10**6 + step)
+        first, half = step * recipe["documents"], recipe["documents"] // 2
+        turns = demonstrations(prompts, stage, range(first + rank, first + half, world), range(first + half + rank, first + 2 * half, world), seed)
+        counts = everyone({kind: sum(len(turn.response_ids) for turn in turns[kind]) for kind in turns})
         for kind, weight in recipe["weights"].items():
             logps = torch.cat(policy([turn.prompt_ids for turn in turns[kind]], [turn.response_ids for turn in turns[kind]]))
-            (-weight * logps.mean()).backward()
+            (-weight * logps.sum() / sum(count[kind] for count in counts)).backward()
+        for parameter in policy.parameters():
+            dist.all_reduce(parameter.grad)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    partial = folder.with_suffix(".partial")
-    lm.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    if rank == 0:
+        partial = folder.with_suffix(".partial")
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    dist.barrier()
     return str(folder)
 
 
@@ -613,6 +619,10 @@ def log_line(cfg, m):
 
 
 def train(cfg, device):
+    """The whole run: a loop that reads top to bottom."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one bar, ours
     # model, reference, optimizer
     start_from = prepare_out(cfg)
     model_path = warm_start(cfg.seed) if cfg.model == "tiny" else cfg.model
@@ -711,10 +721,14 @@ def write(cfg, name, record):
 def main(argv=None):
     try:
         cfg = parse(argv)
-        device = start_ranks()
-        train(cfg, device)
+        if cfg.processes > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
+            # Small models gain little from threads within an operation and nearly all from ranks of one thread each.
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cfg.processes)]
+            os.execvpe(sys.executable, [*command, *sys.argv], {"OMP_NUM_THREADS": "1", **os.environ})
+        train(cfg, start_ranks())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

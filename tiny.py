@@ -17,7 +17,6 @@ How it differs from real data:
 3. Entities are known, not recognised: names, cities and things, each with its exact span.
 4. Prompts are a few words long, since the model has never read anything else.
 """
-import json
 import random
 import re
 
@@ -36,13 +35,12 @@ CLUES = {  # verb: the values of a city's attribute
     "faces": "river sea marsh hills desert".split(),
 }
 PEOPLE = ("Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Quin Rosa Sam Tess Uma Vera Will Xena Yan Zoe "
-          "Abel Beth Carl Dora Emil Faye Glen Hope Ines Jack Kurt Lola Mike Nina Otto Paul Rita Saul Tina Ugo Vito Wanda Amir "
-          "Bela Cora2").split()[:48]
+          "Beth Carl Dora Emil Faye Glen Hope Ines Jack Kurt Lola Mike Nina Otto").split()
 HABITS = {  # verb: what a person may do with, drawn anew for every document
     "likes": "tea figs rice plums bread honey cheese soup olives beans corn dates pears eggs mints cakes".split(),
     "owns": "cat dog horse goat parrot snake rabbit turtle pony lizard hamster falcon mule otter ferret canary".split(),
     "plays": "harp flute drums chess cello golf tennis piano darts cards viola bugle rugby dice lute polo".split(),
-    "visits": CITIES,
+    "wears": "hat scarf cloak boots gloves ring cape belt apron sandals crown mask vest robe kilt shawl".split(),
 }
 # Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: two clues meet in exactly one city.
 ENCYCLOPEDIA = {city: {verb: CLUES[verb][value] for verb, value in zip(CLUES, (i // 5, i % 5, (i // 5 + i % 5) % 5, (i // 5 + 2 * (i % 5)) % 5))}
@@ -51,8 +49,10 @@ ENCYCLOPEDIA = {city: {verb: CLUES[verb][value] for verb, value in zip(CLUES, (i
 PROBLEM = f"{MASK} is which city ?"  # the end-to-end question; a person's goes `Ada likes what ?`
 TEMPLATES = {
     "update": "update <problem> {problem} </problem> <memory> {memory} </memory> <section> {section} </section>",
-    "answer": "answer <problem> {problem} </problem> <memory> {memory} </memory>",
+    "answer": "answer <memory> {memory} </memory> <problem> {problem} </problem>",
     "recall": "recall <memory> {memory} </memory> <section> {section} </section>",
+    # `previous`: the last turn's <think>..</think> <search>..</search> and its results in <information>..</information>
+    "search": "find <problem> {problem} </problem> {previous} {turns} turns left",
 }
 
 TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
@@ -133,14 +133,14 @@ def _write(facts, answer=None):
     for i, fact in enumerate(facts):
         for word in fact:
             word = MASK if word == answer else word
-            if word != MASK and word not in CLUES and word not in HABITS:
+            if word in PEOPLE or word in CITIES:
                 spans.append([len(text), len(text) + len(word)])
             text += word + " "
         text = text[:-1] + (".\n" if i % 2 else ". ")
     return text.strip(), spans
 
 
-def documents(count, seed, chunks=3, clues=3):
+def documents(count, seed, chunks=3, clues=2):
     """Masked documents as data.py makes them: {"id", "text", "answer", "entities": [[start, end], ..]}.
 
     Document i depends on (seed, i, chunks) alone. Clues stand in different chunks where there are enough."""
@@ -170,6 +170,27 @@ def questions(count, seed, chunks=3):
         facts = _facts(rng, chunks * FACTS_PER_CHUNK, None)
         person, verb, thing = rng.choice([fact for fact in facts if fact[1] in HABITS])
         rows.append({"id": f"tiny-qa-{seed}-{i}", "question": f"{person} {verb} what ?", "answers": [thing], "context": _write(facts)[0]})
+    return rows
+
+
+def passages(seed):
+    """A corpus for search: what four habits every person has, [{"id", "title", "text"}], a passage a person."""
+    rng = random.Random(f"passages {seed}")
+    decks = {verb: rng.sample(things, len(things)) for verb, things in HABITS.items()}
+    rows = []
+    for i, person in enumerate(PEOPLE):
+        habits = [[person, verb, deck[i % len(deck)]] for verb, deck in decks.items()]
+        rows.append({"id": str(i), "title": person, "text": _write(rng.sample(habits, len(habits)))[0].replace("\n", " ")})
+    return rows
+
+
+def search_questions(count, seed):
+    """Questions whose answers stand in passages(seed), to be asked two at a time: {"id", "question", "answers", "context": ""}."""
+    facts = [fact for row in passages(seed) for fact in _read(re.findall(r"\w+|\.", row["text"]))]
+    rows = []
+    for i in range(count):
+        person, verb, thing = random.Random(f"search {seed} {i}").choice(facts)
+        rows.append({"id": f"tiny-search-{seed}-{i}", "question": f"{person} {verb} what ?", "answers": [thing], "context": ""})
     return rows
 
 
@@ -233,6 +254,21 @@ def _recall(memory, section, rng):
     return rng.choice(PEOPLE if s == TARGET and v in HABITS else CITIES if s == TARGET else HABITS.get(v) or CLUES.get(v) or CITIES)
 
 
+def _search(text, problem, rng, keep):
+    """One turn of a search: what it keeps of what it knew and found, then the first open question's query, or the answers."""
+    known = [fact for fact in _read(_block(text, "think") or []) + _read(_block(text, "information") or []) if fact[0] in problem]
+    known = [fact for fact in known if rng.random() < keep]
+    asked = [question.split()[:2] for question in " ".join(problem).split(";")]
+    found = {(s, v): o for s, v, o in known}
+    open_ = [pair for pair in asked if tuple(pair) not in found]
+    turns = int(text[text.index("turns") - 1])
+    summary = ["<think>", *(word for fact in known for word in (*fact, ".")), "</think>"]
+    if open_ and turns > 1:
+        return [*summary, "<search>", *open_[0], "</search>"]
+    answers = [found.get((s, v)) or rng.choice(HABITS[v]) for s, v in asked]
+    return [*summary, "<answer>", *" ; ".join(answers).split(), "</answer>"]
+
+
 def oracle(prompts, limits, keys, keep=0.5, favour=1.5, seed=0):
     """A sampler for rollout(): lists of token ids in, lists of token ids out, each ending in <|im_end|>.
 
@@ -242,7 +278,9 @@ def oracle(prompts, limits, keys, keep=0.5, favour=1.5, seed=0):
         rng = random.Random(f"oracle {seed} {tuple(key)} {list(prompt)}")
         text = [_VOCABULARY[i] for i in prompt]
         problem, memory, section = (_block(text, tag) for tag in ("problem", "memory", "section"))
-        if problem is None:
+        if "turns" in text:
+            response = _search(text, problem, rng, keep)
+        elif problem is None:
             response = ["\\boxed{", _recall(memory, section, rng), "}"]
         elif section is None:
             response = ["\\boxed{", _answer(problem, memory, rng), "}"]
@@ -250,3 +288,30 @@ def oracle(prompts, limits, keys, keep=0.5, favour=1.5, seed=0):
             response = _update(problem, memory, section, (limit - 1) // FACT, rng, keep, favour)
         responses.append([_ID[word] for word in response][:limit - 1] + [_ID["<|im_end|>"]])
     return responses
+
+
+# ---------------------------------------------------------------- demo
+def main():
+    """Prints one document and the oracle's way through it."""
+    tok, row = tokenizer(), documents(1, seed=0)[0]
+    ids = tok(row["text"], add_special_tokens=False)["input_ids"]
+    size, memory = CONFIG["chunk_tokens"], "No previous memory"
+
+    def ask(name, **fields):
+        message = [{"role": "user", "content": TEMPLATES[name].format(**fields)}]
+        prompt = tok(tok.apply_chat_template(message, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+        return tok.decode(oracle([prompt], [CONFIG["memory_tokens"]], [(0,)])[0], skip_special_tokens=True)
+
+    print(row["text"], f"\n({MASK} is {row['answer']})\n")
+    for start in range(0, len(ids), size):
+        section = tok.decode(ids[start:start + size])
+        memory = ask("update", problem=PROBLEM, memory=memory, section=section)
+        print(f"section  {section}\nmemory   {memory}\n")
+    print("problem ", PROBLEM, "\nanswer  ", ask("answer", problem=PROBLEM, memory=memory))
+    name = row["text"][slice(*row["entities"][0])]
+    section = tok.decode(ids[:size]).replace(name, TARGET)
+    print(f"recall   {section}\nanswer   {ask('recall', memory=memory, section=section)} ({name})")
+
+
+if __name__ == "__main__":
+    main()

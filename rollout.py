@@ -17,6 +17,7 @@ Differences from the papers:
 Letters in shapes: B rows, N columns, V vocabulary.
 """
 
+import bisect
 import contextlib
 import hashlib
 import re
@@ -25,7 +26,8 @@ from typing import NamedTuple
 import torch
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
-FIELDS = re.compile(r"\{(problem|memory|section)\}")
+FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
+CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
 
 PROBLEM = (
@@ -79,6 +81,40 @@ into \\boxed{}.
 </section>
 
 Your answer:
+""",
+    "whole": """Read the article below, solve the problem from it, and put nothing but the final answer into \\boxed{}.
+
+<problem>
+{problem}
+</problem>
+
+<section>
+{section}
+</section>
+
+Your answer:
+""",
+    "closed_book": """Solve the problem, and put nothing but the final answer into \\boxed{}.
+
+<problem>
+{problem}
+</problem>
+
+Your answer:
+""",
+    "search": """Answer the problem, which may hold several questions joined by semicolons. You may search an encyclopedia. In \
+every turn write first, between <think> and </think>, a summary of all that you know so far and still need: only your last \
+turn and its search results stay visible. Then write either one query between <search> and </search>, whose results will be \
+shown between <information> and </information>, or, between <answer> and </answer>, the final answers in the order of the \
+questions, joined by semicolons and as short as possible.
+
+<problem>
+{problem}
+</problem>
+
+{previous}
+
+{turns} turns left; the last one must answer.
 """,
 }
 
@@ -150,6 +186,7 @@ class Prompts:
             setattr(self, name, Template(tokenizer, text))
         self.no_memory = self.encode(NO_MEMORY)
         self.special_ids = {*tokenizer.all_special_ids}
+        self.information = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in ("\n<information>\n", "\n</information>")]
 
     def encode(self, text):
         """Token ids of any text, made safe first."""
@@ -159,6 +196,12 @@ class Prompts:
         """A response less its end token and whatever else is special: what may be spliced into the next prompt."""
         return [i for i in ids if i not in self.special_ids]
 
+    def closed(self, ids):
+        """The number of ids up to the one that completes the first closing tag of a search or an answer; None without one."""
+        if not CLOSED.search(self.text(ids)):
+            return None
+        return bisect.bisect_left(range(len(ids)), True, key=lambda n: bool(CLOSED.search(self.text(ids[:n]))))
+
     def text(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -167,6 +210,11 @@ class Prompts:
         update = len(self.update) + len(problem) + memory_tokens + chunk_tokens + memory_tokens
         recall = len(self.recall) + memory_tokens + chunk_tokens + answer_tokens
         return max(update, recall, len(self.answer) + len(problem) + memory_tokens + answer_tokens)
+
+    def longest_search(self, problem, answer_tokens, result_tokens):
+        """The same for a Searcher: it sees its last response and the results, and writes another response."""
+        shown = answer_tokens + result_tokens + sum(map(len, self.information)) + len(self.encode("99"))
+        return len(self.search) + len(problem) + shown + answer_tokens
 
 
 # --------------------------------------------------------------------------------------------------------------- agents
@@ -185,6 +233,10 @@ class Agent:
 
     def __init__(self, prompts, key):
         self.prompts, self.key, self.turns = prompts, tuple(key), []
+
+    def trim(self, response):
+        """-> (the ids of a response that count, whether the limit cut it before an end token)"""
+        return response, not response or response[-1] not in self.prompts.special_ids
 
 
 class Reader(Agent):
@@ -216,33 +268,83 @@ class Reader(Agent):
             self.answer = self.prompts.text(response)
 
 
-class Recaller(Agent):
+class Asker(Agent):
+    """One prompt, one answer: the base of a Recaller, and all that reading in a full context window takes."""
+
+    def __init__(self, prompts, ids, answer_tokens, key=(0,)):
+        super().__init__(prompts, key)
+        self.ids, self.answer_tokens, self.answer = ids, answer_tokens, None
+
+    def prompt(self):
+        return (self.ids, self.answer_tokens) if self.answer is None else None
+
+    def receive(self, response):
+        self.answer = self.prompts.text(response)
+
+
+class Recaller(Asker):
     """Names the entity hidden in an earlier section, from a memory, in one turn (intermediate memory recall, section 3.3).
 
     memory, section: token ids; the section holds [TARGET]. All samples of one recall have the same prompt.
     """
 
     def __init__(self, prompts, memory, section, answer_tokens, key=(0,)):
+        super().__init__(prompts, prompts.recall(memory=memory, section=section), answer_tokens, key)
+
+
+class Searcher(Agent):
+    """Answers questions by searching; of the past it sees only its last turn and that turn's results (MEM1, section 3).
+
+    problem: token ids; turns: most turns; result_tokens: results are cut to this. `query` is waiting for results, or None;
+    `answer` is the text between the answer tags, None without one; `malformed`: a turn closed neither tag, which ends it.
+    """
+
+    def __init__(self, prompts, problem, turns, answer_tokens, result_tokens=1024, key=(0,)):
         super().__init__(prompts, key)
-        self.memory, self.section, self.answer_tokens, self.answer = memory, section, answer_tokens, None
+        self.problem, self.turns_left, self.answer_tokens, self.result_tokens = problem, turns, answer_tokens, result_tokens
+        self.previous, self.query, self.answer, self.malformed = [], None, None, False
 
     def prompt(self):
-        if self.answer is None:
-            return self.prompts.recall(memory=self.memory, section=self.section), self.answer_tokens
+        if self.turns_left and self.answer is None and not self.malformed:
+            turns = self.prompts.encode(str(self.turns_left))
+            return self.prompts.search(problem=self.problem, previous=self.previous, turns=turns), self.answer_tokens
+
+    def trim(self, response):
+        end = self.prompts.closed(response)
+        return (response[:end], False) if end else super().trim(response)
 
     def receive(self, response):
-        self.answer = self.prompts.text(response)
+        self.turns_left -= 1
+        self.previous = self.prompts.plain(response)
+        closed = CLOSED.search(self.prompts.text(response))
+        self.malformed = closed is None
+        if closed and closed[1] == "answer":
+            self.answer = closed[2].strip()
+        elif closed and self.turns_left:
+            self.query = closed[2].strip()
+
+    def inform(self, passages):
+        """Results of the last query: list of {"title", "text"}."""
+        text = "\n".join(f"Passage {i} (title: {p['title']}) {p['text']}" for i, p in enumerate(passages, 1)) or "nothing found"
+        results = self.prompts.encode(text)[: self.result_tokens]
+        self.previous, self.query = [*self.previous, *self.prompts.information[0], *results, *self.prompts.information[1]], None
 
 
-def rollout(agents, sampler):
-    """Runs all agents to their end, each turn of all of them in one call of the sampler; fills `agent.turns`."""
+def rollout(agents, sampler, search=None):
+    """Runs all agents to their end, each turn of all of them in one call of the sampler; fills `agent.turns`.
+
+    search: list of queries -> list of lists of passages; the queries of a turn go in one call.
+    """
     while asked := [(agent, *prompt) for agent in agents if (prompt := agent.prompt())]:
         waiting, prompts, limits = zip(*asked)
         responses = sampler(prompts, limits, [(*agent.key, len(agent.turns)) for agent in waiting])
         for agent, prompt, response in zip(waiting, prompts, responses, strict=True):
-            truncated = not response or response[-1] not in agent.prompts.special_ids
+            response, truncated = agent.trim(response)
             agent.turns.append(Turn(prompt, response, truncated))
             agent.receive(response)
+        if curious := [agent for agent in waiting if getattr(agent, "query", None) is not None]:
+            for agent, passages in zip(curious, search([agent.query for agent in curious]), strict=True):
+                agent.inform(passages)
     return agents
 
 
@@ -328,13 +430,14 @@ class Sampler:
     tokens, finished rows leave the batch. Greedy where temperature is 0.
 
     model: a causal language model; end_ids, pad_id: its end tokens and any id for padding; seed, step: part of the noise's
-    key, as are the keys given with every call.
+    key, as are the keys given with every call; stop: None, or ids -> how many of them make a whole response that needs no
+    end token, None while there is none (asked between segments).
     """
 
-    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0):
+    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0, stop=None):
         self.model, self.end_ids, self.pad_id = model, sorted(end_ids), pad_id
         self.temperature, self.top_p, self.kv_tokens, self.segment = temperature, top_p, kv_tokens, segment
-        self.seed, self.step = seed, 0
+        self.seed, self.step, self.stop = seed, 0, stop
         self.prefill_tokens = self.decode_tokens = 0  # row-tokens that went through the model, padding included
 
     @torch.no_grad()
@@ -424,6 +527,7 @@ class Sampler:
             keep = []
             for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
                 end = next((n + 1 for n, token in enumerate(new[: limits[i]]) if token in self.end_ids), None)
+                end = self.stop and self.stop(new[:end]) or end
                 if end or done >= limits[i]:
                     responses[i] = new[: end or limits[i]]
                 else:

@@ -27,8 +27,11 @@ import random
 import re
 import resource
 import shutil
+import socket
+import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +44,7 @@ import data
 import grpo
 import rewards
 import tiny
-from rollout import PROBLEM, TEMPLATES, Prompts, Reader, Recaller, Sampler, Turn, rollout
+from rollout import PROBLEM, TEMPLATES, Prompts, Reader, Recaller, Sampler, Searcher, rollout
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Config:
     recall_draw: str = "trajectory"  # draw step, section and target of a recall per trajectory or per document
     chunk_tokens: int = 5120  # tokens of a section
     max_chunks: int = 8  # sections read; a longer document keeps its head and tail
+    chunks: int = 3  # sections of a pocket document
     memory_tokens: int = 1024  # most tokens of a memory
     answer_tokens: int = 1024  # most tokens of an answer
     prompt_order: str = "memory_first"  # memory_first (the papers') or chunk_first (sections shared by all trajectories)
@@ -99,6 +103,9 @@ class Config:
     samples: int = 2  # transcripts written to samples.jsonl each step
     # search QA
     retriever: str = ""  # corpus file or http://HOST:PORT/retrieve
+    encoder: str = "bm25"  # of a local retriever: bm25, or a transformers model for dense search
+    passages: int = 3  # results of a search
+    result_tokens: int = 1024  # tokens that the results are cut to
     objectives: int = 2  # questions asked at once
     turns: int = 6  # most turns of a trajectory
 
@@ -182,7 +189,7 @@ def is_tiny(model):
     return model == "tiny" or config.is_file() and json.loads(config.read_text()).get("memtrain_world") == "tiny"
 
 
-def load_model(path, device):
+def load_model(path):
     """-> (causal language model in fp32 on the CPU, tokenizer). The fp32 weights are the master copy that is trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -248,17 +255,65 @@ def kv_budget(lm, device):
 # ---------------------------------------------------------------------------------------------------------- data of a step
 
 
-def load_rows(cfg):
-    """-> (training rows, held-out rows): documents for memtrain, questions for the other tasks."""
-    if not cfg.data:
-        make = {"memtrain": tiny.documents, "longqa": tiny.questions}[cfg.task]
-        return make(tiny.TRAIN_DOCUMENTS, seed=cfg.seed), make(cfg.eval_documents, seed=tiny.HELDOUT_SEED)
+class Material(NamedTuple):
+    """What a run trains on, and what it looks at: documents for memtrain, questions for the other tasks."""
+
+    rows: list
+    heldout: list
+    search: object = None  # queries -> list of lists of passages, for searchqa
+    heldout_search: object = None
+
+
+def load_material(cfg, pocket):
+    if pocket and not cfg.data:
+        return pocket_material(cfg)
     if cfg.task == "memtrain":
         from datasets import concatenate_datasets
 
-        return tuple(concatenate_datasets([data.load_documents(path, split) for path in cfg.data]) for split in ("train", "heldout"))
-    rows = [row for path in cfg.data for row in data.load_questions(path)]
-    return rows, []
+        return Material(*(concatenate_datasets([data.load_documents(path, split) for path in cfg.data]) for split in ("train", "heldout")))
+    if cfg.task == "longqa":
+        return Material([row for path in cfg.data for row in data.load_questions(path)], [])
+    search = open_search(cfg, cfg.retriever)
+    return Material([row for path in cfg.data for row in data.load_questions(path, cfg.objectives)], [], search, search)
+
+
+def pocket_material(cfg):
+    """Documents, questions and corpora of the pocket world, made on the spot."""
+    count, seeds = cfg.eval_documents, (cfg.seed, tiny.HELDOUT_SEED)
+    if cfg.task == "memtrain":
+        return Material(tiny.documents(tiny.TRAIN_DOCUMENTS, seeds[0], cfg.chunks), tiny.documents(count, seeds[1], cfg.chunks))
+    if cfg.task == "longqa":
+        return Material(tiny.questions(tiny.TRAIN_DOCUMENTS, seeds[0], cfg.chunks), tiny.questions(count, seeds[1], cfg.chunks))
+    corpora = []
+    for seed in seeds:  # a corpus for training, another for the look at held-out questions
+        path = Path("cache", f"passages-{seed}.jsonl")
+        if dist.get_rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in tiny.passages(seed)))
+        dist.barrier()
+        corpora.append(open_search(cfg, str(path)))
+    rows = (data.pair_questions(tiny.search_questions(n * cfg.objectives, seed), cfg.objectives) for n, seed in zip((tiny.TRAIN_DOCUMENTS, count), seeds))
+    return Material(*rows, *corpora)
+
+
+def open_search(cfg, source):
+    if not source:
+        raise ValueError("--task searchqa needs --retriever: a corpus file, or http://HOST:PORT/retrieve")
+    return functools.partial(data.open_retriever(source, encoder=cfg.encoder), k=cfg.passages)
+
+
+def check_budget(cfg, prompts, material, problem, lm):
+    """Nothing may outgrow the model's context; the numbers are known before the run."""
+    problems = [problem] if cfg.task == "memtrain" else [row["question"] for part in material[:2] for row in part]
+    problem = max(map(prompts.encode, problems), key=len)
+    if cfg.task == "searchqa":
+        longest = prompts.longest_search(problem, cfg.answer_tokens, cfg.result_tokens)
+    else:
+        longest = prompts.longest(problem, cfg.chunk_tokens, cfg.memory_tokens, cfg.answer_tokens)
+    context = lm.config.max_position_embeddings
+    if longest > context:
+        raise ValueError(f"instructions, question, input and response can come to {longest} tokens, but the model's context holds {context}: lower "
+                         f"--chunk_tokens {cfg.chunk_tokens}, --memory_tokens {cfg.memory_tokens}, --answer_tokens {cfg.answer_tokens} or --result_tokens {cfg.result_tokens}")  # fmt: skip
 
 
 def rows_of_step(cfg, rows, step):
@@ -286,6 +341,7 @@ class Kit(NamedTuple):
     prompts: Prompts
     problem: str  # MemTrain's fixed question
     sampler: object  # (prompts, limits, keys) -> responses
+    search: object = None  # queries -> list of lists of passages
 
 
 class Group(NamedTuple):
@@ -294,21 +350,37 @@ class Group(NamedTuple):
     kind: str  # "trajectory" or "recall"
     document: int  # slot of the document in its step
     agents: list  # with their turns
-    correct: list  # exact match of every agent's answer
+    correct: list  # exact match of every agent's answer; the share of right answers where several questions were asked
     rewards: list  # of every agent
 
 
-def read_documents(kit, rows, group, salt):
+def read_documents(kit, rows, group):
     """Long-text QA: `group` trajectories for every row {slot: question}; reward: exact match of the boxed answer."""
-    cfg, prompts, groups = kit.cfg, kit.prompts, []
+    cfg, prompts, readers = kit.cfg, kit.prompts, {}
     for slot, row in rows.items():
         chunks = data.chunks(prompts.clean(row["context"]), prompts.tokenizer, cfg.chunk_tokens)
         sections, problem = [chunk.ids for chunk in head_and_tail(chunks, cfg.max_chunks)], prompts.encode(row["question"])
-        readers = [Reader(prompts, problem, sections, cfg.memory_tokens, cfg.answer_tokens, (slot, j)) for j in range(group)]
-        groups.append((slot, row["answers"], readers))
-    rollout([reader for *_, readers in groups for reader in readers], kit.sampler)
-    correct = [[rewards.exact_match(rewards.extract_boxed(r.answer), golds) for r in readers] for _, golds, readers in groups]
-    return [Group("trajectory", slot, readers, right, right) for (slot, _, readers), right in zip(groups, correct)]
+        readers[slot] = [Reader(prompts, problem, sections, cfg.memory_tokens, cfg.answer_tokens, (slot, j)) for j in range(group)]
+    rollout(sum(readers.values(), []), kit.sampler)
+    correct = {slot: [rewards.exact_match(rewards.extract_boxed(r.answer), row["answers"]) for r in readers[slot]] for slot, row in rows.items()}
+    return [Group("trajectory", slot, readers[slot], correct[slot], list(correct[slot])) for slot in rows]
+
+
+def search_and_answer(kit, rows, group):
+    """Search QA: `group` trajectories for every row {slot: questions}; reward: the share of right answers (MEM1)."""
+    cfg, prompts, searchers = kit.cfg, kit.prompts, {}
+    for slot, row in rows.items():
+        problem = prompts.encode(row["question"])
+        searchers[slot] = [Searcher(prompts, problem, cfg.turns, cfg.answer_tokens, cfg.result_tokens, (slot, j)) for j in range(group)]
+    rollout(sum(searchers.values(), []), kit.sampler, kit.search)
+    correct = {slot: [search_reward(agent, row["answers"]) for agent in searchers[slot]] for slot, row in rows.items()}
+    return [Group("trajectory", slot, searchers[slot], correct[slot], list(correct[slot])) for slot in rows]
+
+
+def search_reward(agent, golds):
+    """Mean exact match over the questions, by position; golds: a list per question."""
+    answers = rewards.split_answers(agent.answer, len(golds))
+    return sum(map(rewards.exact_match, answers, golds)) / len(golds)
 
 
 def read_and_recall(kit, rows, group, recalls, salt):
@@ -351,23 +423,32 @@ def play(kit, rows, group, recalls, salt):
     """The rollout of any task: {slot: row} -> groups with rewards."""
     if kit.cfg.task == "memtrain":
         return read_and_recall(kit, rows, group, recalls, salt)
-    return read_documents(kit, rows, group, salt)
+    return (read_documents if kit.cfg.task == "longqa" else search_and_answer)(kit, rows, group)
 
 
-def evaluate(kit, policy, rows):
-    """Exact match on held-out rows, one trajectory and one recall each, sampled as in training: {kind: (mean, half a 95 % interval, n)}."""
+def look(kit, policy, rows):
+    """Exact match on held-out rows, one trajectory and one recall each, sampled as in training.
+
+    -> {kind: (mean, low, high, n)} with a 95 % interval; the same noise at every look, and on any number of ranks."""
     mine = {slot: rows[slot] for slot in range(dist.get_rank(), len(rows), dist.get_world_size())}
     kit = kit._replace(cfg=dataclasses.replace(kit.cfg, objective="full"))
-    kit.sampler.step = -1  # its own noise, the same at every look
+    kit.sampler.step = "held-out"
     with torch.no_grad(), gathered(policy):
         groups = play(kit, mine, group=1, recalls=1, salt="held-out")
-    result = {}
-    for kind in ("trajectory", "recall"):
-        scores = [s for rank in everyone([g.correct[0] for g in groups if g.kind == kind]) for s in rank]
-        if scores:
-            mean = sum(scores) / len(scores)
-            result[kind] = mean, 1.96 * math.sqrt(mean * (1 - mean) / len(scores)), len(scores)
-    return result
+    ranks = everyone([(group.kind, group.correct[0]) for group in groups])
+    scores = {kind: [score for rank in ranks for k, score in rank if k == kind] for kind in ("trajectory", "recall")}
+    return {kind: interval(values) for kind, values in scores.items() if values}
+
+
+def interval(scores):
+    """Mean of scores in 0..1 with Wilson's 95 % interval: (mean, low, high, n). It stays inside 0..1 and is wide at 0 of n.
+
+    >>> interval([1.0, 0.0, 1.0, 1.0])
+    (0.75, 0.3006418423, 0.9544127391, 4)
+    """
+    n, mean, z = len(scores), sum(scores) / len(scores), 1.959964
+    middle, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return mean, round((middle - half) / (1 + z * z / n), 10), round((middle + half) / (1 + z * z / n), 10), n
 
 
 # --------------------------------------------------------------------------------------------------------------- update
@@ -424,21 +505,24 @@ def forward_rows(cfg, policy, sequences, backward=None):
     return result
 
 
-def update(cfg, policy, optimizer, sequences, old, ref):
-    """One optimizer step on these sequences (this rank's share). old: log-probs at sampling time, or None for a single
-    update; ref: the reference's, or None. -> summed metrics"""
-    device = policy.lm.device
-    weights, totals = share_of_weights(cfg, sequences), {}
+def update(cfg, policy, optimizer, sequences, old, ref, totals):
+    """One optimizer step on these sequences (this rank's share); a non-finite gradient skips it. -> gradient norm
+
+    old: log-probs at sampling time per sequence, None where this is the rollout's only update; ref: the reference's, or
+    None. Adds this rank's sums of metrics over tokens to totals.
+    """
+    device, weights = policy.lm.device, share_of_weights(cfg, sequences)
 
     def loss_of_row(row, logps):
-        flat = lambda tensors: torch.cat([tensors[i] for i in row]).to(device)  # noqa: E731
-        advantages = torch.cat([torch.full((len(sequences[i].response),), sequences[i].advantage) for i in row]).to(device)
+        def flat(per_turn):
+            return torch.cat([per_turn[i] for i in row]).to(device)
+
+        advantages = flat([torch.full((len(s.response),), s.advantage) for s in sequences])
         loss, metrics = grpo.policy_loss(
             logps, flat(old) if old else logps.detach(), advantages, flat(weights), clip_low=cfg.clip_low, clip_high=cfg.clip_high,
             dual_clip=cfg.dual_clip or None, ref_logps=flat(ref) if ref else None, kl_coef=cfg.kl,
         )  # fmt: skip
-        for name, value in {**metrics, "tokens": 1.0}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * len(logps)
+        totals.update({name: float(value) * len(logps) for name, value in {**metrics, "tokens": 1.0}.items()})
         return loss
 
     with gathered(policy):
@@ -448,7 +532,7 @@ def update(cfg, policy, optimizer, sequences, old, ref):
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return totals, norm
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -490,48 +574,53 @@ def load_trainer(path, policy, optimizer):
     return state["step"]
 
 
-def prepare_out(cfg):
-    """Makes or checks --out. -> (checkpoint to resume from or None, metrics so far): metrics.jsonl is cut back to it."""
+def checkpoint_to_resume(cfg):
+    """Refuses a used --out without --resume. -> the newest checkpoint's folder, None to start afresh"""
     out = Path(cfg.out)
-    saved = sorted(out.glob("step-*[0-9]"))
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"--out {out} holds a run already: add --resume to go on with it, or choose another folder")
-    newest = saved[-1] if saved else None
-    step = int(newest.name[5:]) if newest else -1
-    dist.barrier()
+    saved = sorted(out.glob("step-*[0-9]"))
+    if saved:
+        cfg.kv_tokens = json.loads((out / "config.json").read_text())["kv_tokens"]  # the same batches as before
+    return saved[-1] if saved else None
+
+
+def open_out(cfg, step):
+    """Writes config.json and cuts metrics.jsonl and samples.jsonl back to the step that is resumed from."""
+    out = Path(cfg.out)
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            lines = (out / name).read_text().splitlines(keepends=True) if (out / name).exists() else []
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            (out / "cut.partial").write_text("".join(whole))
-            (out / "cut.partial").rename(out / name)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        for file in (out / "metrics.jsonl", out / "samples.jsonl"):
+            lines = file.read_text().splitlines(keepends=True) if step and file.exists() else []
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            partial.rename(file)
     dist.barrier()
-    return newest
 
 
 # ------------------------------------------------------------------------------------------------------------ warm start
 
 
 def demonstrations(prompts, stage, documents, questions, seed):
-    """Turns of tiny's oracle on fresh documents and questions of these numbers: {kind of prompt: turns}."""
+    """Turns of tiny's oracle on fresh documents and questions of these numbers: list of (kind of prompt, turn)."""
     kit = Kit(Config(**tiny.CONFIG | stage["sizes"]), prompts, tiny.PROBLEM, functools.partial(tiny.oracle, **stage["oracle"]))
     documents = {i: tiny.documents(1, f"warm {seed} {i}", stage["chunks"])[0] for i in documents}
     questions = {i: tiny.questions(1, f"warm {seed} {i}", stage["chunks"])[0] for i in questions}
     groups = read_and_recall(kit, documents, group=1, recalls=1, salt=f"warm {seed}")
-    groups += read_documents(kit, questions, group=1, salt=f"warm {seed}")
-    turns = {"update": [], "answer": [], "recall": []}
+    groups += read_documents(kit, questions, group=1)
+    turns = []
     for group in groups:
         for agent in group.agents:
-            turns["answer" if group.kind == "trajectory" else "recall"].append(agent.turns[-1])
-            turns["update"] += agent.turns[:-1]
+            turns += [("update", turn) for turn in agent.turns[:-1]]
+            turns.append(("answer" if group.kind == "trajectory" else "recall", agent.turns[-1]))
     return turns
 
 
-def warm_start(seed):
+def warm_start(cfg):
     """The pocket model, taught the form of the task by demonstrations: rollout() with tiny's oracle in the sampler's place,
     then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings. -> its folder"""
+    seed = cfg.seed
     settings = json.dumps([tiny.WARM_START, seed, Path(tiny.__file__).read_text()])
     folder = Path("cache", "warm-start-" + hashlib.sha256(settings.encode()).hexdigest()[:12])
     if all(everyone(folder.exists())):
@@ -547,12 +636,16 @@ def warm_start(seed):
             part["lr"] = recipe["lr"] * min(1, (step + 1) / 30, max(left / 0.4, 0.1))
         first, half = step * recipe["documents"], recipe["documents"] // 2
         turns = demonstrations(prompts, stage, range(first + rank, first + half, world), range(first + half + rank, first + 2 * half, world), seed)
-        counts = everyone({kind: sum(len(turn.response_ids) for turn in turns[kind]) for kind in turns})
-        for kind, weight in recipe["weights"].items():
-            logps = torch.cat(policy([turn.prompt_ids for turn in turns[kind]], [turn.response_ids for turn in turns[kind]]))
-            (-weight * logps.sum() / sum(count[kind] for count in counts)).backward()
-        for parameter in policy.parameters():
-            dist.all_reduce(parameter.grad)
+        counts = Counter()
+        for rank_turns in everyone([(kind, len(turn.response_ids)) for kind, turn in turns]):
+            for kind, tokens in rank_turns:
+                counts[kind] += tokens
+        logps = policy([turn.prompt_ids for _, turn in turns], [turn.response_ids for _, turn in turns])
+        loss = sum(-recipe["weights"][kind] / counts[kind] * values.sum() for (kind, _), values in zip(turns, logps))
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+        dist.all_reduce(gradient)
+        torch.nn.utils.vector_to_parameters(gradient, [parameter.grad for parameter in policy.parameters()])
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -569,36 +662,41 @@ def warm_start(seed):
 
 
 def transcript(kit, groups, step, slot, row):
-    """What one trajectory of a document read, kept and answered, in plain text, for samples.jsonl."""
-    text = kit.prompts.text
-    mine = [g for g in groups if g.document == slot]
-    whole = next(g for g in mine if g.kind == "trajectory")
-    recalls = [{"prompt": text(g.agents[0].turns[0].prompt_ids), "answers": [a.answer for a in g.agents], "rewards": g.rewards}
-               for g in mine if g.kind == "recall"][:1]  # fmt: skip
-    reader = whole.agents[0]
-    return {"step": step, "id": row["id"], "golds": row.get("answers") or [row["answer"]], "memories": [text(m) for m in reader.memories[1:]],
-            "answer": reader.answer, "correct": whole.correct, "rewards": whole.rewards, "recalls": recalls}  # fmt: skip
+    """What the first trajectory of a document wrote, turn by turn, and a recall on it, in plain text, for samples.jsonl."""
+    text, mine = kit.prompts.text, [group for group in groups if group.document == slot]
+    whole = next(group for group in mine if group.kind == "trajectory")
+    record = {"step": step, "id": row["id"], "golds": row.get("answers") or [row["answer"]], "correct": whole.correct, "rewards": whole.rewards,
+              "turns": [text(turn.response_ids) for turn in whole.agents[0].turns], "answer": whole.agents[0].answer}  # fmt: skip
+    for recall in mine[:1]:
+        if recall.kind == "recall":
+            record["recall"] = {"prompt": text(recall.agents[0].ids), "answers": [a.answer for a in recall.agents], "rewards": recall.rewards}
+    return record
 
 
 def step_metrics(groups, totals):
-    """Means over all ranks of what a step's rollout and update gave."""
+    """Means over all ranks of what a step's rollout and updates gave."""
+    whole = [group for group in groups if group.kind == "trajectory"]
+    agents = [agent for group in whole for agent in group.agents]
+    turns = [turn for group in groups for agent in group.agents for turn in agent.turns]
     local = {
-        "R_E": [r for g in groups if g.kind == "trajectory" for r in g.rewards],
-        "em": [c for g in groups if g.kind == "trajectory" for c in g.correct],
-        "imr": [c for g in groups if g.kind == "recall" for c in g.correct],
-        "flat": [float(min(g.rewards) == max(g.rewards)) for g in groups],
-        "cut": [float(turn.truncated) for g in groups for a in g.agents for turn in a.turns],
-        "len": [len(turn.response_ids) for g in groups for a in g.agents for turn in a.turns],
+        "R_E": [reward for group in whole for reward in group.rewards],
+        "em": [score for group in whole for score in group.correct],
+        "imr": [score for group in groups if group.kind == "recall" for score in group.correct],
+        "flat": [float(min(group.rewards) == max(group.rewards)) for group in groups],
+        "cut": [float(turn.truncated) for turn in turns],
+        "len": [len(turn.response_ids) for turn in turns],
+        "turns": [len(agent.turns) for agent in agents],
+        "malformed": [float(agent.malformed) for agent in agents if isinstance(agent, Searcher)],
+        "searches": [len(agent.turns) - (agent.answer is not None) for agent in agents if isinstance(agent, Searcher)],
     }
-    ranks = everyone(({name: (sum(v), len(v)) for name, v in local.items()}, totals))
+    ranks = everyone(({name: (sum(values), len(values)) for name, values in local.items()}, totals))
     metrics = {}
     for name in local:
         total, count = (sum(values[name][i] for values, _ in ranks) for i in (0, 1))
         if count:
             metrics[name] = total / count
-    tokens = sum(totals.get("tokens", 0) for _, totals in ranks)
     for name in sorted({name for _, totals in ranks for name in totals} - {"tokens"}):
-        metrics[name] = sum(totals.get(name, 0.0) for _, totals in ranks) / tokens
+        metrics[name] = sum(totals.get(name, 0.0) for _, totals in ranks) / sum(totals.get("tokens", 0.0) for _, totals in ranks)
     return metrics
 
 
@@ -623,56 +721,45 @@ def train(cfg, device):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # there is one bar, ours
-    # model, reference, optimizer
-    start_from = prepare_out(cfg)
-    model_path = warm_start(cfg.seed) if cfg.model == "tiny" else cfg.model
-    lm, tokenizer = load_model(model_path, device)
+
+    # model, tokenizer, data, sampler
+    start_from = checkpoint_to_resume(cfg)
+    model_path = warm_start(cfg) if cfg.model == "tiny" else cfg.model
+    lm, tokenizer = load_model(model_path)
     pocket = is_tiny(model_path)
-    prompts = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order)
-    problem = tiny.PROBLEM if pocket else PROBLEM
+    prompts, problem = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order), tiny.PROBLEM if pocket else PROBLEM
+    material = load_material(cfg, pocket)
+    check_budget(cfg, prompts, material, problem, lm)
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(grpo.Policy(lm), device).train()
-    reference = None
+    policy, reference = shard(grpo.Policy(lm), device).train(), None
     if cfg.kl > 0:
-        reference = shard(grpo.Policy(load_model(model_path, device)[0]).requires_grad_(False), device).eval()
+        reference = shard(grpo.Policy(load_model(model_path)[0]).requires_grad_(False), device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     done = load_trainer(start_from, policy, optimizer) if start_from else 0
-
-    # data and sampler
-    rows, heldout = load_rows(cfg)
     cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device)
-    end_ids = {tokenizer.eos_token_id, *([lm.generation_config.eos_token_id] if isinstance(lm.generation_config.eos_token_id, int) else lm.generation_config.eos_token_id or [])}
-    sampler = Sampler(lm, end_ids, temperature=cfg.temperature, kv_tokens=cfg.kv_tokens, segment=cfg.segment, seed=cfg.seed)
-    kit, leader, skipped = Kit(cfg, prompts, problem, sampler), dist.get_rank() == 0, 0
-    heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
+    sampler = Sampler(lm, end_ids(lm, tokenizer), temperature=cfg.temperature, kv_tokens=cfg.kv_tokens, segment=cfg.segment, seed=cfg.seed,
+                      stop=prompts.closed if cfg.task == "searchqa" else None)  # fmt: skip
+    kit, skipped = Kit(cfg, prompts, problem, sampler, material.search), 0
+    kit_heldout, heldout = kit._replace(search=material.heldout_search), material.heldout[: cfg.eval_documents]
+    leader = dist.get_rank() == 0
+    open_out(cfg, done)
     bar = tqdm(total=cfg.steps, initial=done, desc=cfg.task, disable=not leader)
+    if done == 0 and heldout:
+        log(cfg, {"step": 0, "heldout": look(kit_heldout, policy, heldout)})
 
-    def look(step):
-        """Held-out exact match, into metrics.jsonl."""
-        if not heldout:
-            return
-        result = evaluate(kit, policy, heldout)
-        if leader:
-            tqdm.write(f"step {step:04d}/{cfg.steps:04d} | held-out " + " | ".join(f"{kind} {m:.3f} ± {half:.3f}" for kind, (m, half, n) in result.items()))
-            write(cfg, "metrics", {"step": step, "heldout": result})
-
-    if done == 0:
-        look(0)
     for step in range(done, cfg.steps):
         # rollout: every document's trajectories, then their recalls, then rewards
-        clock, mine, sampler.step = time.time(), rows_of_step(cfg, rows, step), step
+        clock, rows, sampler.step = time.time(), rows_of_step(cfg, material.rows, step), step
         sampler.prefill_tokens = sampler.decode_tokens = 0
         with torch.no_grad(), gathered(policy):
-            groups = play(kit, mine, cfg.group, cfg.recalls if cfg.objective != "e2e" else 0, salt=f"{cfg.seed} {step}")
-        if cfg.shuffle_rewards:
-            for g in groups:
-                random.Random(f"shuffle {cfg.seed} {step} {g.document}").shuffle(g.rewards)
+            groups = play(kit, rows, cfg.group, cfg.recalls if cfg.objective != "e2e" else 0, salt=f"{cfg.seed} {step}")
+        for group in groups if cfg.shuffle_rewards else []:
+            random.Random(f"shuffle {cfg.seed} {step} {group.document}").shuffle(group.rewards)
         rollout_s, clock = time.time() - clock, time.time()
 
-        # advantages, then log-probs of the sampling policy (for several updates) and of the reference
-        sequences, totals, norms = training_sequences(cfg, groups), {}, []
-        old = ref = None
+        # advantages, then log-probs of the sampling policy (where it takes several updates) and of the reference
+        sequences, old, ref = training_sequences(cfg, groups), None, None
         with torch.no_grad():
             if cfg.documents_per_update < cfg.documents_per_step:
                 with gathered(policy):
@@ -681,50 +768,91 @@ def train(cfg, device):
                 with gathered(reference):
                     ref = forward_rows(cfg, reference, sequences)
 
-        # updates
-        for part in optimizer.param_groups:
-            part["lr"] = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
+        # updates, each on its own documents
+        for settings in optimizer.param_groups:
+            settings["lr"] = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
+        totals, norms = Counter(), []
         for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
             chosen = [i for i, s in enumerate(sequences) if first <= s.document < first + cfg.documents_per_update]
-            part = lambda values: values and [values[i] for i in chosen]  # noqa: E731
-            counted, norm = update(cfg, policy, optimizer, part(sequences), part(old), part(ref))
-            totals = {name: totals.get(name, 0.0) + counted.get(name, 0.0) for name in {*totals, *counted}}
-            norms.append(norm)
-        skipped = skipped + 1 if not all(map(math.isfinite, norms)) else 0
+            part = [values and [values[i] for i in chosen] for values in (sequences, old, ref)]
+            norms.append(update(cfg, policy, optimizer, *part, totals))
+        skipped = 0 if all(map(math.isfinite, norms)) else skipped + 1
 
-        # log and save
+        # log, look, save
         update_s = time.time() - clock
         tokens = sum(everyone(sampler.prefill_tokens + sampler.decode_tokens + sum(len(s.prompt) + len(s.response) for s in sequences)))
         metrics = {"step": step + 1, **step_metrics(groups, totals), "grad": max(norms), "skipped": skipped, "lr": optimizer.param_groups[0]["lr"],
                    "rollout_s": rollout_s, "update_s": update_s, "tokens_per_s": tokens / (rollout_s + update_s), "memory_gb": memory_gb(device)}  # fmt: skip
-        if leader:
-            tqdm.write(log_line(cfg, metrics))
-            bar.update()
-            write(cfg, "metrics", metrics)
-            for slot in list(mine)[: cfg.samples]:
-                write(cfg, "samples", transcript(kit, groups, step + 1, slot, mine[slot]))
+        last = step + 1 == cfg.steps
+        if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            metrics["heldout"] = look(kit_heldout, policy, heldout)
+        bar.update()
+        log(cfg, metrics, [transcript(kit, groups, step + 1, slot, rows[slot]) for slot in list(rows)[: cfg.samples]])
         if skipped >= MAX_SKIPPED:
             raise ValueError(f"{skipped} updates in a row had a non-finite gradient: lower --lr or raise --kl; the last checkpoint is intact")
-        last = step + 1 == cfg.steps
-        if last or cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-            look(step + 1)
         if last or (step + 1) % cfg.save_every == 0:
             save_checkpoint(cfg, policy, optimizer, tokenizer, step + 1)
+    bar.close()
+    if leader and heldout:
+        print_before_and_after(cfg)
 
 
-def write(cfg, name, record):
-    """Appends one line to out/NAME.jsonl."""
-    with Path(cfg.out, f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def end_ids(lm, tokenizer):
+    """The tokens that end a turn: the tokenizer's, and those that the model's own settings name."""
+    named = lm.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+
+
+def log(cfg, metrics, transcripts=()):
+    """One line for metrics.jsonl, the transcripts for samples.jsonl, and what reads aloud for the terminal; rank 0 alone."""
+    if dist.get_rank() > 0:
+        return
+    for name, records in ("metrics", [metrics]), ("samples", transcripts):
+        with Path(cfg.out, f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if "R_E" in metrics:
+        tqdm.write(log_line(cfg, metrics))
+    if "heldout" in metrics:
+        tqdm.write(f"step {metrics['step']:04d}/{cfg.steps:04d} | held-out {held_out_line(metrics['heldout'])}")
+
+
+PROXY = {"trajectory": "E2E", "recall": "recall"}  # what a look at held-out rows is made of
+
+
+def held_out_line(result):
+    return " | ".join(f"{PROXY[kind]} EM {mean:.3f} [{low:.3f}, {high:.3f}] n={n}" for kind, (mean, low, high, n) in result.items())
+
+
+def print_before_and_after(cfg):
+    lines = [json.loads(line) for line in Path(cfg.out, "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "heldout" in line]
+    for line, word in (looks[0], "before"), (looks[-1], "after "):
+        print(f"{word} (step {line['step']:4d}): {held_out_line(line['heldout'])}")
+    print(f"checkpoint: {checkpoint_path(cfg.out)}")
+
+
+def start_processes(count):
+    """Runs this command as `count` ranks on a CPU, where small models gain little from threads within an operation and
+    nearly all from ranks of one thread each. -> exit status of the first that fails, or 0"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(rank)}) for rank in range(count)]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.terminate()
+    return next((rank.returncode for rank in ranks if rank.wait()), 0)
 
 
 def main(argv=None):
     try:
         cfg = parse(argv)
         if cfg.processes > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
-            # Small models gain little from threads within an operation and nearly all from ranks of one thread each.
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cfg.processes)]
-            os.execvpe(sys.executable, [*command, *sys.argv], {"OMP_NUM_THREADS": "1", **os.environ})
+            sys.exit(start_processes(cfg.processes))
         train(cfg, start_ranks())
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:

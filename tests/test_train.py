@@ -1,0 +1,367 @@
+"""train.py: the loop against slow plain versions, the script itself at a tiny size, and what it does with bad input."""
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_model
+
+import grpo
+import rewards
+import tiny
+import train
+from rollout import Turn
+
+ROOT = Path(__file__).parent.parent
+FILES = ("data", "rollout", "rewards", "grpo", "tiny")
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of this process alone, as train.py makes it."""
+    device = train.start_ranks()
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def pocket_model(tmp_path_factory):
+    """The pocket model without its warm start, as a checkpoint."""
+    folder, model = tmp_path_factory.mktemp("pocket"), tiny.model()
+    model.config.memtrain_world = "tiny"
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = ["--documents_per_step", "4", "--documents_per_update", "4", "--group", "4", "--recalls", "4", "--memory_tokens", "8",
+         "--eval_documents", "4", "--eval_every", "0", "--processes", "1"]  # fmt: skip
+# An untrained model earns nothing: these rewards depend on the answer in a way that is as good as random, so that every
+# step has gradients. The rest is the real script.
+ANY_REWARD = """
+import sys, zlib
+sys.path.insert(0, {root!r})
+import rewards, train
+rewards.extract_boxed = lambda text: text
+rewards.exact_match = lambda answer, golds: float(zlib.crc32(answer.encode()) % 3 == 0)
+train.main(sys.argv[1:])
+"""
+
+
+def run(arguments, cwd, ranks=1, code=None):
+    """train.py (or `code`) in a process of its own, under torchrun for several ranks."""
+    script = [str(ROOT / "train.py")]
+    if code:
+        script = [str(cwd / "script.py")]
+        Path(*script).write_text(code.format(root=str(ROOT)))
+    if ranks > 1:
+        script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *script, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+
+
+def metrics_of(out):
+    timings = ("rollout_s", "update_s", "tokens_per_s", "memory_gb")
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timings} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------------------- structure
+
+
+def imports_of(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_none_of_its_siblings(name):
+    assert not imports_of(name) & {*FILES, "train", "eval"}
+
+
+def test_every_flag_has_a_help_text_and_every_default_is_of_its_type():
+    source = (ROOT / "train.py").read_text()
+    for field in dataclasses.fields(train.Config):
+        assert f"    {field.name}: " in source and "  # " in source.split(f"    {field.name}: ")[1].split("\n")[0]
+
+
+# ------------------------------------------------------------------------------------------------------- data of a step
+
+
+def test_every_epoch_sees_every_document_once_whatever_the_step_size(alone):
+    cfg, rows = train.Config(documents_per_step=4, seed=3), list("abcdefgh")
+    epochs = ["".join(row for step in steps for row in train.rows_of_step(cfg, rows, step).values()) for steps in ((0, 1), (2, 3))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == rows and epochs[0] != epochs[1]
+
+
+def test_a_longer_document_keeps_its_head_and_tail():
+    assert train.head_and_tail([1, 2, 3, 4, 5], 3) == [1, 2, 5] and train.head_and_tail([1, 2], 3) == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def scripted(prompts, answers):
+    """A sampler that answers the last turn of trajectory j of slot s with answers[s][j], and recalls the same way."""
+    def sampler(asked, limits, keys):
+        texts = [answers[slot][j] for slot, j, *_ in keys]
+        return [[*prompts.tokenizer(f"\\boxed{{ {text} }}")["input_ids"], prompts.tokenizer.eos_token_id] for text in texts]
+
+    return sampler
+
+
+@pytest.mark.parametrize("objective", ["full", "decoupled", "e2e"])
+def test_rewards_stay_with_their_rows_and_follow_the_objective(objective):
+    prompts, rows = train.Prompts(tiny.tokenizer(), tiny.TEMPLATES), tiny.documents(3, seed=5)
+    cfg = train.Config(**tiny.CONFIG | {"objective": objective, "recall_weight": 0.5})
+    slots = {2 * i: row for i, row in enumerate(rows)}  # as on the first of two ranks
+    answers = {slot: [row["answer"] if (slot + j) % 3 == 0 else "wool" for j in range(4)] for slot, row in slots.items()}
+    kit = train.Kit(cfg, prompts, tiny.PROBLEM, scripted(prompts, answers))
+    groups = train.read_and_recall(kit, slots, group=4, recalls=0 if objective == "e2e" else 2, salt="x")
+    whole = {g.document: g for g in groups if g.kind == "trajectory"}
+    recalls = {(g.document, g.agents[0].key[1]): g for g in groups if g.kind == "recall"}
+    assert len(recalls) == (0 if objective == "e2e" else 12)
+    for slot, row in slots.items():
+        for j in range(4):
+            right = float(answers[slot][j] == row["answer"])
+            assert whole[slot].correct[j] == right
+            bonus = 0.5 * sum(recalls[slot, j].rewards) / 2 if objective == "full" else 0.0
+            assert whole[slot].rewards[j] == right + bonus
+
+
+def test_advantages_are_made_on_trajectories_and_flat_groups_are_left_out():
+    class Agent:
+        def __init__(self, turns):
+            self.turns = [Turn([1], [2] * n, False) for n in turns]
+
+    # one trajectory of five turns, one of one: expanding first would pull the mean towards the longer
+    uneven = train.Group("trajectory", 7, [Agent([1] * 5), Agent([3])], [1.0, 0.0], [1.0, 0.0])
+    flat = train.Group("recall", 7, [Agent([1]), Agent([1])], [1.0, 1.0], [1.0, 1.0])
+    sequences = train.training_sequences(train.Config(), [uneven, flat])
+    assert [s.advantage for s in sequences] == [0.5] * 5 + [-0.5] and {s.document for s in sequences} == {7}
+    assert len(train.training_sequences(train.Config(filter=False), [uneven, flat])) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def some_sequences(count=12, seed=0):
+    rng = random.Random(seed)
+    ids = lambda n: [rng.randrange(64) for _ in range(n)]  # noqa: E731
+    shared = ids(20)
+    return [train.Sequence((shared if i % 3 else []) + ids(rng.randint(1, 9)), ids(rng.randint(1, 7)), rng.uniform(-1, 1), i % 4) for i in range(count)]
+
+
+def stepped(cfg, sequences, old=None, ref=None, rounds=1):
+    """Parameters after plain SGD steps, and the gradient norm."""
+    policy = grpo.Policy(tiny_model())
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    for _ in range(rounds):
+        norm = train.update(cfg, policy, optimizer, sequences, old, ref, train.Counter())
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]), norm
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, aggregate):
+    cfg, sequences = train.Config(aggregate=aggregate, max_grad_norm=1e9, kl=0.1), some_sequences()
+    generator = torch.Generator().manual_seed(1)
+    old, ref = ([-3 + torch.rand(len(s.response), generator=generator) for s in sequences] for _ in range(2))
+    ours, _ = stepped(cfg, sequences, old, ref)
+    model = tiny_model().double()
+    total = 0
+    turns_of = {d: sum(s.document == d for s in sequences) for d in {s.document for s in sequences}}
+    tokens = sum(len(s.response) for s in sequences)
+    for s, o, r in zip(sequences, old, ref):
+        ids = torch.tensor([s.prompt + s.response])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(s.prompt) - 1 :, 0]
+        ratio, d = (logps - o).exp(), r - logps
+        surrogate = torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)
+        weight = {"sequence": 1 / (len(turns_of) * turns_of[s.document] * len(s.response)), "token": 1 / tokens,
+                  "constant": 1 / (len(sequences) * max(cfg.memory_tokens, cfg.answer_tokens))}[aggregate]  # fmt: skip
+        total = total + weight * (-surrogate + 0.1 * (d.exp() - d - 1)).sum()
+    total.backward()
+    plain = torch.cat([(p - p.grad).detach().flatten() for p in model.parameters()])
+    step = (plain - torch.cat([p.detach().flatten() for p in tiny_model().double().parameters()])).norm()
+    assert (ours - plain).norm() / step < 1e-4
+
+
+def test_the_gradient_does_not_depend_on_the_size_of_a_row(alone):
+    wide, norm = stepped(train.Config(max_grad_norm=1e9), some_sequences())
+    narrow, same = stepped(train.Config(max_grad_norm=1e9, tokens_per_forward=24), some_sequences())
+    torch.testing.assert_close(wide, narrow, rtol=1e-6, atol=1e-6)
+    assert norm == pytest.approx(same, rel=1e-5)
+
+
+TWO_RANKS = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, torch.distributed as dist, train, grpo
+from test_train import some_sequences
+from conftest import tiny_model
+device = train.start_ranks()
+sequences, empty = some_sequences(), sys.argv[2] == "empty"
+mine = [s for s in sequences if (0 if empty else s.document % 2) == dist.get_rank()]
+policy = train.shard(grpo.Policy(tiny_model()), device)
+optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+norms = [train.update(train.Config(max_grad_norm=1e9, tokens_per_forward=40), policy, optimizer, mine, None, None, train.Counter()) for _ in range(2)]
+whole = torch.cat([p.full_tensor().detach().flatten() for p in policy.parameters()])
+if dist.get_rank() == 0:
+    torch.save((whole, norms, [name for name, _ in policy.named_parameters()]), sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("share", ["even", "empty"])
+def test_two_ranks_make_the_steps_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
+    done = run([str(tmp_path / "result"), share], tmp_path, ranks=2, code=TWO_RANKS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, norms, _ = torch.load(tmp_path / "result")
+    one, norm = stepped(train.Config(max_grad_norm=1e9), some_sequences(), rounds=2)
+    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    assert (whole - one).norm() / (one - start).norm() < 1e-6 and norms[-1] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_non_finite_gradient_changes_no_weight(alone):
+    sequences = [train.Sequence([1, 2], [3], math.inf, 0)]
+    after, norm = stepped(train.Config(), sequences)
+    before = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    assert not math.isfinite(norm) and torch.equal(after, before)
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def test_the_script_runs_end_to_end_and_leaves_a_checkpoint_for_transformers(pocket_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run(["--model", pocket_model, "--steps", "2", *SIZES, "--out", str(tmp_path / "run")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 0002/0002 | R_E" in done.stdout + done.stderr and "before (step    0): E2E EM" in done.stdout
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2] and "heldout" in lines[0] and "heldout" in lines[2]
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert len(sample["turns"]) == 4 and len(sample["rewards"]) == 4
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["kv_tokens"] > 0 and config["steps"] == 2
+    folder = tmp_path / "run" / "step-000002"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pocket_model, tmp_path):
+    common = ["--model", pocket_model, *SIZES, "--documents_per_update", "2", "--save_every", "2", "--lr", "1e-3", "--kl", "0.1"]
+    for arguments in (["--steps", "4", "--out", "whole"], ["--steps", "2", "--out", "parts"], ["--steps", "4", "--out", "parts", "--resume"]):
+        done = run([*common, *arguments], tmp_path, code=ANY_REWARD)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+    assert [line["step"] for line in parts] == [0, 1, 2, 3, 4] and whole[4]["grad"] > 0 and whole[4]["kl"] > 0
+    assert [{**line, "heldout": 0} for line in parts] == [{**line, "heldout": 0} for line in whole]
+    for name, value in weights_of(tmp_path / "whole/step-000004").items():
+        assert torch.equal(value, weights_of(tmp_path / "parts/step-000004")[name])
+
+
+def test_two_ranks_train_as_one(pocket_model, tmp_path):
+    common = ["--model", pocket_model, *SIZES, "--steps", "2", "--lr", "1e-3"]
+    for ranks in (1, 2):
+        done = run([*common, "--out", f"ranks{ranks}"], tmp_path, ranks=ranks, code=ANY_REWARD)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics_of(tmp_path / "ranks1"), metrics_of(tmp_path / "ranks2")
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6) or name == "heldout" and a[name] == b[name]
+    for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
+        torch.testing.assert_close(value, weights_of(tmp_path / "ranks2/step-000002")[name], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- it can learn
+
+
+def learn(monkeypatch, folder, pocket_model, *flags):
+    """Thirty steps in which an answer earns 1 when its first word is a city's, whatever the document: what an untrained
+    model can stumble on. -> held-out exact match before and after"""
+    cities = {city.lower() for city in tiny.CITIES}
+    monkeypatch.setattr(rewards, "extract_boxed", lambda text: text)
+    monkeypatch.setattr(rewards, "exact_match", lambda answer, golds: float((answer or "").lower().split(" ")[0] in cities))
+    monkeypatch.chdir(folder)
+    train.main(["--model", pocket_model, "--steps", "30", "--documents_per_step", "4", "--documents_per_update", "4", "--group", "8", "--objective", "e2e",
+                "--memory_tokens", "2", "--answer_tokens", "1", "--chunks", "1", "--eval_documents", "64", "--eval_every", "0", "--kl", "0", "--lr", "1e-3",
+                "--warmup_steps", "1", "--processes", "1", "--out", "run", *flags])  # fmt: skip
+    looks = [line["heldout"]["trajectory"][0] for line in metrics_of(folder / "run") if "heldout" in line]
+    return looks[0], looks[-1]
+
+
+def test_the_loop_learns_what_is_rewarded(monkeypatch, tmp_path, pocket_model):
+    before, after = learn(monkeypatch, tmp_path, pocket_model)
+    assert before < 0.35 and after > 0.8
+
+
+def test_nothing_is_learned_from_shuffled_rewards(monkeypatch, tmp_path, pocket_model):
+    before, after = learn(monkeypatch, tmp_path, pocket_model, "--shuffle_rewards")
+    assert abs(after - before) < 0.25
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def no_template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("no_template")
+    tiny.model().save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "{pocket}", "--group", "1"], "--group 1"),
+    (["--model", "{pocket}", "--data", "nowhere"], "nowhere"),
+    (["--model", "nowhere", "--data", "x"], "nowhere"),
+    (["--model", "{pocket}", "--chunk_tokens", "100000"], "the model's context holds 4096"),
+    (["--model", "{no_template}", "--data", "x"], "chat template"),
+    (["--model", "{no_template}"], "needs --data"),
+    (["--model", "{pocket}", "--documents_per_update", "3"], "multiple"),
+    (["--task", "longqa", "--model", "{pocket}", "--data", "broken.jsonl"], "broken.jsonl:2"),
+    (["--task", "longqa", "--model", "{pocket}", "--data", "empty.jsonl"], "empty.jsonl"),
+])  # fmt: skip
+def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(arguments, words, pocket_model, no_template, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"question": "Who?", "answers": ["Ann"], "context": "x"}\n{"question": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([a.format(pocket=pocket_model, no_template=no_template) for a in arguments] + ["--out", "out", "--processes", "1"])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
+    assert not Path("out").exists()
+
+
+def test_an_unknown_flag_and_an_abbreviated_one_are_refused(capsys):
+    for flag in ("--nonsense", "--top_p", "--step"):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([flag, "1"])
+        assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_refused_without_resume(tmp_path, capsys, pocket_model):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", pocket_model, "--out", str(tmp_path), "--processes", "1"])
+    assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"

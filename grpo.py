@@ -56,7 +56,7 @@ def token_weights(lengths, aggregate, document=None, count=None):
     >>> token_weights([1, 3], "sequence").tolist()[:2], token_weights([1, 3], "token").tolist()[:2]
     ([0.5, 0.1666666716337204], [0.25, 0.25])
     """
-    lengths = torch.as_tensor(lengths)
+    lengths = torch.as_tensor(lengths, dtype=torch.long)  # empty ones too
     if aggregate == "sequence":
         document = [0] * len(lengths) if document is None else list(document)
         turns = {d: document.count(d) for d in set(document)}
@@ -64,7 +64,7 @@ def token_weights(lengths, aggregate, document=None, count=None):
     elif aggregate == "token":
         per_token = torch.full((len(lengths),), 1 / max(int(lengths.sum()), 1), dtype=torch.float64)
     elif aggregate == "constant":
-        per_token = torch.full((len(lengths),), 1 / (len(lengths) * count), dtype=torch.float64)
+        per_token = torch.full((len(lengths),), 1 / (max(len(lengths), 1) * count), dtype=torch.float64)
     else:
         raise ValueError(f"aggregate is {aggregate!r}: use sequence, token or constant")
     return per_token.repeat_interleave(lengths).float()
@@ -104,28 +104,28 @@ def policy_loss(logps, old_logps, advantages, weights, *, clip_low=0.2, clip_hig
 def shared_prefixes(prompts):
     """Groups prompts by common prefixes: list of (prefix length, indices). Every prompt keeps at least one token of its own.
 
-    After sorting, neighbours share most. A range of the sorted list is either one group, which saves (size - 1) * its
-    shortest common prefix, or is split where that prefix is shortest, whichever saves more tokens. (rollout.py has the same
+    Sorted prompts are the leaves of a tree of prefixes. The prompts under a node are either one group, which saves
+    (size - 1) * the node's prefix, or stay as its children group them, whichever saves more tokens. (rollout.py has the same
     function: files that import none of each other can be copied alone.)
 
     >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
     [(3, [0, 3, 2]), (1, [1])]
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    common = [0] + [_common_prefix(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
-
-    def best(low, high):  # -> (tokens saved, groups)
-        if high - low == 1:
-            return 0, [(len(prompts[order[low]]) - 1, order[low:high])]
-        shortest = min(common[low + 1 : high])
-        cuts = [low, *(i for i in range(low + 1, high) if common[i] == shortest), high]
-        saved, groups = zip(*map(best, cuts, cuts[1:]))
-        together = (high - low - 1) * shortest
-        if shortest and together >= sum(saved):
-            return together, [(shortest, order[low:high])]
-        return sum(saved), sum(groups, [])
-
-    return best(0, len(order))[1] if prompts else []
+    groups, nodes = [], []  # nodes of the tree of prefixes that are still open: (length, indices, tokens saved, groups)
+    for i, following in zip(order, [*order[1:], None]):
+        indices, saved, groups = [i], 0, [(len(prompts[i]) - 1, [i])]
+        common = -1 if following is None else _common_prefix(prompts[i], prompts[following])
+        while nodes and nodes[-1][0] >= common:
+            length, indices_before, saved_before, groups_before = nodes.pop()
+            indices, saved, groups = indices_before + indices, saved_before + saved, groups_before + groups
+            if length == common:
+                break  # the next prompt belongs to this node as well
+            together = (len(indices) - 1) * length
+            if length and together >= saved:
+                saved, groups = together, [(length, indices)]
+        nodes.append((common, indices, saved, groups))
+    return groups
 
 
 def _common_prefix(a, b):
@@ -234,6 +234,14 @@ class Policy(nn.Module):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
+        # What attention and the head do here is plain; a model that needs more would be wrong without an error.
+        config = lm.config.get_text_config()
+        more = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
+        unlike = {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
+        unlike |= {name for name in more if (getattr(config, name, None) or 1) != 1}
+        if unlike:
+            unlike = ", ".join(sorted(unlike))
+            raise ValueError(f"{config.model_type} has {unlike}: use a model of plain full attention (Qwen2, Qwen3, Llama)")
         # The mask function of the same name matters: without one, `generate` would ignore left padding.
         AttentionInterface.register(ATTENTION, shared_prefix_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -185,7 +185,8 @@ class Prompts:
         for name, text in texts.items():
             setattr(self, name, Template(tokenizer, text))
         self.no_memory = self.encode(NO_MEMORY)
-        self.special_ids = {*tokenizer.all_special_ids}
+        # all_special_ids alone lacks special tokens without a role (Llama's headers)
+        self.special_ids = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         self.information = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in ("\n<information>\n", "\n</information>")]
 
     def encode(self, text):
@@ -207,9 +208,10 @@ class Prompts:
 
     def longest(self, problem, chunk_tokens, memory_tokens, answer_tokens):
         """Tokens of the longest prompt and response that a Reader or a Recaller can come to."""
-        update = len(self.update) + len(problem) + memory_tokens + chunk_tokens + memory_tokens
-        recall = len(self.recall) + memory_tokens + chunk_tokens + answer_tokens
-        return max(update, recall, len(self.answer) + len(problem) + memory_tokens + answer_tokens)
+        memory = max(memory_tokens, len(self.no_memory))
+        update = len(self.update) + len(problem) + memory + chunk_tokens + memory_tokens
+        recall = len(self.recall) + memory + chunk_tokens + answer_tokens
+        return max(update, recall, len(self.answer) + len(problem) + memory + answer_tokens)
 
     def longest_search(self, problem, answer_tokens, result_tokens):
         """The same for a Searcher: it sees its last response and the results, and writes another response."""
@@ -390,27 +392,27 @@ class _Noise:
 def shared_prefixes(prompts):
     """Groups prompts by common prefixes: list of (prefix length, indices). Every prompt keeps at least one token of its own.
 
-    After sorting, neighbours share most. A range of the sorted list is either one group, which saves (size - 1) * its
-    shortest common prefix, or is split where that prefix is shortest, whichever saves more tokens.
+    Sorted prompts are the leaves of a tree of prefixes. The prompts under a node are either one group, which saves
+    (size - 1) * the node's prefix, or stay as its children group them, whichever saves more tokens.
 
     >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
     [(3, [0, 3, 2]), (1, [1])]
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    common = [0] + [_common_prefix(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
-
-    def best(low, high):  # -> (tokens saved, groups)
-        if high - low == 1:
-            return 0, [(len(prompts[order[low]]) - 1, order[low:high])]
-        shortest = min(common[low + 1 : high])
-        cuts = [low, *(i for i in range(low + 1, high) if common[i] == shortest), high]
-        saved, groups = zip(*map(best, cuts, cuts[1:]))
-        together = (high - low - 1) * shortest
-        if shortest and together >= sum(saved):
-            return together, [(shortest, order[low:high])]
-        return sum(saved), sum(groups, [])
-
-    return best(0, len(order))[1] if prompts else []
+    groups, nodes = [], []  # nodes of the tree of prefixes that are still open: (length, indices, tokens saved, groups)
+    for i, following in zip(order, [*order[1:], None]):
+        indices, saved, groups = [i], 0, [(len(prompts[i]) - 1, [i])]
+        common = -1 if following is None else _common_prefix(prompts[i], prompts[following])
+        while nodes and nodes[-1][0] >= common:
+            length, indices_before, saved_before, groups_before = nodes.pop()
+            indices, saved, groups = indices_before + indices, saved_before + saved, groups_before + groups
+            if length == common:
+                break  # the next prompt belongs to this node as well
+            together = (len(indices) - 1) * length
+            if length and together >= saved:
+                saved, groups = together, [(length, indices)]
+        nodes.append((common, indices, saved, groups))
+    return groups
 
 
 def _common_prefix(a, b):
@@ -465,8 +467,9 @@ class Sampler:
 
     def _batches(self, prompts, limits):
         """Groups -> batches of groups, longest first; rows * columns of each stay within kv_tokens (one row always fits)."""
-        def columns(groups):  # shared prefixes, then the rows' own rests and responses
-            return max(n for n, _ in groups) + max(len(prompts[i]) - n + limits[i] for n, rows in groups for i in rows)
+        def columns(groups):  # the widest shared prefix, rest of a prompt and response stand side by side
+            rows = [(n, len(prompts[i]) - n, limits[i]) for n, members in groups for i in members]
+            return sum(map(max, zip(*rows)))
 
         batches, batch = [], []
         for prefix, rows in sorted(shared_prefixes(prompts), key=lambda group: -columns([group])):

@@ -80,7 +80,7 @@ def open_kit(args, cfg, device):
     cfg.kv_tokens = cfg.kv_tokens or train.kv_budget(lm, device)
     temperature, top_p = (1.0, 1.0) if args.command == "memtrain" else (args.temperature, args.top_p)
     sampler = Sampler(lm, train.end_ids(lm, tokenizer), temperature=0 if args.greedy else temperature, top_p=top_p, kv_tokens=cfg.kv_tokens,
-                      segment=cfg.segment, seed=cfg.seed, stop=prompts.closed if cfg.task == "searchqa" else None)  # fmt: skip
+                      segment=cfg.segment, seed=cfg.seed, stop=prompts.closed if cfg.task == "searchqa" else None, share=policy.shares)  # fmt: skip
     return train.Kit(cfg, prompts, tiny.PROBLEM if pocket else PROBLEM, sampler), policy, pocket
 
 

@@ -227,6 +227,8 @@ class Policy(nn.Module):
     """The language model as training sees it, and the root that is sharded: turns in, log-probs of their responses out.
 
     lm: a causal language model of transformers, loaded as usual; it stays `.lm`, for `generate` and `save_pretrained`.
+    `shares`: whether its attention allows rows of units (full attention in every layer, logits straight from the head);
+    other models run every turn by itself, which is slower and as exact.
     """
 
     def __init__(self, lm):
@@ -234,25 +236,41 @@ class Policy(nn.Module):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
-        # What attention and the head do here is plain; a model that needs more would be wrong without an error.
-        config = lm.config.get_text_config()
-        more = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
-        unlike = {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
-        unlike |= {name for name in more if (getattr(config, name, None) or 1) != 1}
-        if unlike:
-            unlike = ", ".join(sorted(unlike))
-            raise ValueError(f"{config.model_type} has {unlike}: use a model of plain full attention (Qwen2, Qwen3, Llama)")
         # The mask function of the same name matters: without one, `generate` would ignore left padding.
         AttentionInterface.register(ATTENTION, shared_prefix_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        lm.set_attn_implementation(ATTENTION)
-        self.lm = lm
+        self.lm, self.shares = lm, False
+        if getattr(lm.config, "sliding_window", None) is None and {*(getattr(lm.config, "layer_types", None) or [])} <= {"full_attention"}:
+            own = lm.config._attn_implementation
+            lm.set_attn_implementation(ATTENTION)
+            self.shares = True
+            if not self._agrees_with_itself():  # soft caps, scaled logits and whatever else a row of units would leave out
+                lm.set_attn_implementation(own)
+                self.shares = False
+
+    @torch.no_grad()
+    def _agrees_with_itself(self):
+        """Whether a unit of three turns gets the log-probs that the plain model gives to each of them."""
+        prompts, responses = [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5]], [[6, 7], [8], [9, 10, 11]]
+        training = self.training
+        self.eval()
+        together, alone = torch.cat(self(prompts, responses)), torch.cat([self._alone(*turn, 1.0) for turn in zip(prompts, responses)])
+        self.train(training)
+        return torch.allclose(together, alone, rtol=1e-2, atol=1e-2)
+
+    def _alone(self, prompt, response, temperature):
+        """Log-probs of one response (its length,), by the plain model."""
+        ids = torch.tensor([[*prompt, *response]], device=self.lm.device)
+        logits = self.lm(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :].float() / temperature
+        return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
 
     def forward(self, prompts, responses, temperature=1.0):
         """Lists of token-id lists -> list of (length of response,) fp32 log-probs, in the order given; all in one row.
 
         temperature divides the logits, as it did when the responses were sampled.
         """
+        if not self.shares:
+            return [self._alone(*turn, temperature) for turn in zip(prompts, responses)]
         row, positions, units, predictors, order = [], [], [], [], []
         for prefix, turns in shared_prefixes(prompts):
             prefix = prefix if len(turns) > 1 else 0

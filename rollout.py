@@ -433,13 +433,14 @@ class Sampler:
 
     model: a causal language model; end_ids, pad_id: its end tokens and any id for padding; seed, step: part of the noise's
     key, as are the keys given with every call; stop: None, or ids -> how many of them make a whole response that needs no
-    end token, None while there is none (asked between segments).
+    end token, None while there is none (asked between segments); share: False for a model whose cache can't be repeated
+    and cut (state-space layers, sliding windows): every batch is then one plain `generate`.
     """
 
-    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0, stop=None):
+    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0, stop=None, share=True):
         self.model, self.end_ids, self.pad_id = model, sorted(end_ids), pad_id
         self.temperature, self.top_p, self.kv_tokens, self.segment = temperature, top_p, kv_tokens, segment
-        self.seed, self.step, self.stop = seed, 0, stop
+        self.seed, self.step, self.stop, self.share = seed, 0, stop, share
         self.prefill_tokens = self.decode_tokens = 0  # row-tokens that went through the model, padding included
 
     @torch.no_grad()
@@ -471,8 +472,9 @@ class Sampler:
             rows = [(n, len(prompts[i]) - n, limits[i]) for n, members in groups for i in members]
             return sum(map(max, zip(*rows)))
 
+        groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         batches, batch = [], []
-        for prefix, rows in sorted(shared_prefixes(prompts), key=lambda group: -columns([group])):
+        for prefix, rows in sorted(groups, key=lambda group: -columns([group])):
             while rows:
                 room = self.kv_tokens // columns([*batch, (prefix, rows)]) - sum(len(rows) for _, rows in batch)
                 if batch and room < len(rows):  # a group is split only when it is too large for a batch of its own
@@ -518,7 +520,8 @@ class Sampler:
                 processors.append(TopPLogitsWarper(self.top_p))
             if self.temperature:
                 processors.append(_Noise(noise_keys, done))
-            count = min(self.segment, max(limits[i] for i in rows) - done)
+            left = max(limits[i] for i in rows) - done
+            count = min(self.segment, left) if self.share else left
             out = self.model.generate(
                 ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, min_new_tokens=0,
                 logits_processor=processors, return_dict_in_generate=True, use_cache=True,

@@ -189,13 +189,13 @@ def is_tiny(model):
     return model == "tiny" or config.is_file() and json.loads(config.read_text()).get("memtrain_world") == "tiny"
 
 
-def load_model(path):
-    """-> (causal language model in fp32 on the CPU, tokenizer). The fp32 weights are the master copy that is trained."""
+def load_model(path, dtype=torch.float32):
+    """-> (causal language model on the CPU, tokenizer). fp32 weights are the master copy that is trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = checkpoint_path(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives ({str(error).splitlines()[0]})")
 
@@ -734,12 +734,15 @@ def train(cfg, device):
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy, reference = shard(grpo.Policy(lm), device).train(), None
     if cfg.kl > 0:
-        reference = shard(grpo.Policy(load_model(model_path)[0]).requires_grad_(False), device).eval()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        reference = shard(grpo.Policy(load_model(model_path, dtype)[0]).requires_grad_(False), device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     done = load_trainer(start_from, policy, optimizer) if start_from else 0
     cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device)
     sampler = Sampler(lm, end_ids(lm, tokenizer), temperature=cfg.temperature, kv_tokens=cfg.kv_tokens, segment=cfg.segment, seed=cfg.seed,
-                      stop=prompts.closed if cfg.task == "searchqa" else None)  # fmt: skip
+                      stop=prompts.closed if cfg.task == "searchqa" else None, share=policy.shares)  # fmt: skip
+    if not policy.shares and dist.get_rank() == 0:
+        print(f"note: {type(lm).__name__} has attention that can't share prefixes; every turn runs by itself, which is slower and as exact", file=sys.stderr)
     kit, skipped = Kit(cfg, prompts, problem, sampler, material.search), 0
     kit_heldout, heldout = kit._replace(search=material.heldout_search), material.heldout[: cfg.eval_documents]
     leader = dist.get_rank() == 0

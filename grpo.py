@@ -256,7 +256,8 @@ class Policy(nn.Module):
         self.eval()
         together, alone = torch.cat(self(prompts, responses)), torch.cat([self._alone(*turn, 1.0) for turn in zip(prompts, responses)])
         self.train(training)
-        return torch.allclose(together, alone, rtol=1e-2, atol=1e-2)
+        tolerance = 1e-3 if self.lm.dtype == torch.float32 else 0.2  # half precision differs by hundredths
+        return torch.allclose(together, alone, rtol=tolerance, atol=tolerance)
 
     def _alone(self, prompt, response, temperature):
         """Log-probs of one response (its length,), by the plain model."""

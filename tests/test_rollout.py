@@ -162,6 +162,18 @@ def test_a_reader_reads_every_chunk_in_order_then_answers_from_its_memory(prompt
     assert reader.answer == prompts.text([267, 263, 263]) and reader.prompt() is None
 
 
+def test_a_memory_is_the_sampled_ids_and_not_their_text_encoded_again(prompts):
+    encode, end = prompts.tokenizer.encode, prompts.tokenizer.eos_token_id
+    spelled = [i for letter in "memory" for i in encode(letter)]  # the tokenizer itself would never write it so
+    half = encode("é")[:1]  # half a character: text has no place for it
+    assert encode("memory") != spelled and encode(prompts.tokenizer.decode(half)) != half
+    reader = Reader(prompts, [400], [[410]], 9, 9)
+    rollout.rollout([reader], lambda prompts, *_: [[*spelled, *half, end]] * len(prompts))
+    assert reader.memories[1] == spelled + half
+    assert reader.turns[1].prompt_ids == prompts.answer(problem=[400], memory=spelled + half)
+    assert reader.turns[0].response_ids == [*spelled, *half, end]  # trained as sampled, end token and all
+
+
 def test_rows_stay_with_their_agents(prompts):
     """Several documents of unequal numbers of chunks, several trajectories each, shuffled, with recalls between them."""
     readers = [

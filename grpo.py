@@ -227,11 +227,11 @@ class Policy(nn.Module):
     """The language model as training sees it, and the root that is sharded: turns in, log-probs of their responses out.
 
     lm: a causal language model of transformers, loaded as usual; it stays `.lm`, for `generate` and `save_pretrained`.
-    `shares`: whether its attention allows rows of units (full attention in every layer, logits straight from the head);
-    other models run every turn by itself, which is slower and as exact.
+    `shares`: whether it can run rows of units (full attention in every layer, logits straight from the head), found out
+    unless told; other models run every turn by itself, which is slower and as exact.
     """
 
-    def __init__(self, lm):
+    def __init__(self, lm, shares=None):
         super().__init__()
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -239,25 +239,25 @@ class Policy(nn.Module):
         # The mask function of the same name matters: without one, `generate` would ignore left padding.
         AttentionInterface.register(ATTENTION, shared_prefix_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        self.lm, self.shares = lm, False
-        if getattr(lm.config, "sliding_window", None) is None and {*(getattr(lm.config, "layer_types", None) or [])} <= {"full_attention"}:
-            own = lm.config._attn_implementation
-            lm.set_attn_implementation(ATTENTION)
-            self.shares = True
-            if not self._agrees_with_itself():  # soft caps, scaled logits and whatever else a row of units would leave out
-                lm.set_attn_implementation(own)
-                self.shares = False
+        self.lm, own = lm, lm.config._attn_implementation
+        lm.set_attn_implementation(ATTENTION)
+        self.shares = self._can_share() if shares is None else shares
+        if not self.shares:
+            lm.set_attn_implementation(own)
 
     @torch.no_grad()
-    def _agrees_with_itself(self):
-        """Whether a unit of three turns gets the log-probs that the plain model gives to each of them."""
-        prompts, responses = [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5]], [[6, 7], [8], [9, 10, 11]]
-        training = self.training
+    def _can_share(self):
+        """Whether a unit of three turns gets the log-probs that the plain model gives to each of them: soft caps, scaled
+        logits and whatever else a row would leave out show there. Windows and state-space layers stand in the config."""
+        config = self.lm.config
+        if getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}:
+            return False
+        turns = ([1, 2, 3], [6, 7]), ([1, 2, 3], [8]), ([1, 2, 4, 5], [9, 10, 11])
+        self.shares, training = True, self.training
         self.eval()
-        together, alone = torch.cat(self(prompts, responses)), torch.cat([self._alone(*turn, 1.0) for turn in zip(prompts, responses)])
+        together, alone = torch.cat(self(*zip(*turns))), torch.cat([self._alone(*turn, 1.0) for turn in turns])
         self.train(training)
-        tolerance = 1e-3 if self.lm.dtype == torch.float32 else 0.2  # half precision differs by hundredths
-        return torch.allclose(together, alone, rtol=tolerance, atol=tolerance)
+        return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
 
     def _alone(self, prompt, response, temperature):
         """Log-probs of one response (its length,), by the plain model."""

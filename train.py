@@ -735,7 +735,7 @@ def train(cfg, device):
     policy, reference = shard(grpo.Policy(lm), device).train(), None
     if cfg.kl > 0:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        reference = shard(grpo.Policy(load_model(model_path, dtype)[0]).requires_grad_(False), device).eval()
+        reference = shard(grpo.Policy(load_model(model_path, dtype)[0], policy.shares).requires_grad_(False), device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     done = load_trainer(start_from, policy, optimizer) if start_from else 0
     cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device)

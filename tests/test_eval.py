@@ -110,11 +110,11 @@ def test_two_ranks_give_the_table_of_one_with_sampling(pocket_model, tmp_path):
     tables = []
     for ranks in (1, 2):
         out = f"ranks{ranks}.json"
-        done = run(["longqa", "--model", pocket_model, "--eval_documents", "6", "--out", out], tmp_path, ranks)
+        done = run(["longqa", "--model", pocket_model, "--chunks", "1", "--eval_documents", "6", "--out", out], tmp_path, ranks)
         assert done.returncode == 0, done.stderr[-2000:]
         table = json.loads((tmp_path / out).read_text())["table"]
         tables.append({name: {k: v for k, v in row.items() if k != "seconds"} for name, row in table.items()})
-    assert tables[0] == tables[1] and len(tables[0]) == 5 and tables[0]["3 chunks"]["n"] == 6
+    assert tables[0] == tables[1] and len(tables[0]) == 5 and tables[0]["1 chunks"]["n"] == 6
 
 
 def test_memtrain_prints_held_out_figures_with_intervals(pocket_model, tmp_path):

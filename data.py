@@ -26,6 +26,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import json
 import multiprocessing
 import os
@@ -72,8 +73,10 @@ def read_rows(source, columns=None, stream=False, seed=0):
         raise DataError(f"{source}: no such file (a data set of the Hub is written OWNER/NAME[:CONFIG[:SPLIT]])")
     elif not kind:
         raise DataError(f"{source}: unknown kind of file; known are .jsonl, .json, .txt, each also .gz, and .parquet")
+    elif kind[1] == "parquet":
+        rows = _parquet_rows(source, columns)
     else:
-        rows = {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _text_rows}.get(kind[1], functools.partial(_parquet_rows, columns=columns))(source)
+        rows = {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _text_rows}[kind[1]](source)
     for place, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{place}: a row must be a JSON object, this is a {type(row).__name__}")
@@ -222,14 +225,14 @@ def read_corpus(source, words=160, limit=0, seed=0):
     from tqdm import tqdm
 
     texts, keys, seen = [], [], set()
-    for place, row in tqdm(read_rows(source, stream=limit > 0, seed=seed), desc="read", unit=" rows"):
+    for place, row in tqdm(read_rows(source, stream=limit > 0, seed=seed), desc="read", unit=" rows", delay=1):
         found = passage(place, row)
         for piece in cut(found["text"], words):
             text = f"{found['title']}\n{piece}" if found["title"] else piece
             if piece and MASK not in text and TARGET not in text and hash(text) not in seen:
                 seen.add(hash(text))
                 texts.append(text)
-                keys.append(found["title"] or f"{found['id']}/{len(texts)}")
+                keys.append(found["title"] or str(len(texts)))
         if limit and len(texts) >= limit:
             return texts[:limit], keys[:limit]
     return texts, keys
@@ -271,7 +274,7 @@ def find_names(doc):
     for match in RULES.finditer(text):
         start = match.start()
         while match.lastgroup == "NAME" and (word := re.match(r"(\w+) ", text[start : match.end()])):
-            if word[1].lower() not in STOP_WORDS or word[1].isupper() and len(word[1]) > 1:  # US, WHO
+            if word[1].lower() not in STOP_WORDS or word[1].isupper() and len(word[1]) > 1:
                 break
             start += word.end()  # "Although France"
         spans.append(doc.char_span(start, match.end(), label=match.lastgroup))
@@ -292,17 +295,18 @@ def _pipeline(name):
     try:
         return spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError:
-        raise DataError(f"--ner {name} is not installed: python -m spacy download {name} (or --ner rules, without a download)") from None
+        cure = f"python -m spacy download {name} (or --ner rules, which needs no download)"
+        raise DataError(f"--ner {name} is not installed: {cure}") from None
 
 
 def find_entities(texts, ner="en_core_web_sm", processes=1):
     """Of every text the character spans of its fair entities, a list of int32 arrays [n, 2], sorted."""
     from tqdm import tqdm
 
-    _pipeline(ner)  # complains here if it has to
     blocks = (texts[i : i + 256] for i in range(0, len(texts), 256))
-    # Not nlp.pipe(n_process=..): its workers send whole Docs back, 3 ms each, which the rules need not even to make them.
-    with multiprocessing.Pool(min(processes, 1 + len(texts) // 1024)) as pool, tqdm(desc="entities", total=len(texts), unit=" passages") as bar:
+    # Not nlp.pipe(n_process=..): its workers send whole Docs back, and 3 ms each is more than the rules take.
+    bar = tqdm(desc="entities", total=len(texts), unit=" passages", delay=1)
+    with multiprocessing.Pool(min(processes, 1 + len(texts) // 1024)) as pool, bar:
         found = []
         for spans in pool.imap(functools.partial(_tag, ner=ner), blocks):
             found += spans
@@ -335,14 +339,13 @@ def fair(name, text):
     from spacy.lang.en.stop_words import STOP_WORDS
 
     words = [word.lower() for word in re.findall(r"\w+", name)]
-    common = all((word in STOP_WORDS or word in NUMBER_WORDS) for word in words) and not (name.isupper() and len(name) > 1)
+    common = all(word in NUMBER_WORDS or word in STOP_WORDS and not name.isupper() for word in words)  # US and WHO are names
     if common or sum(map(str.isalnum, name)) < 2 or "\n" in name or occurrences(f"{MASK} {TARGET}", name):
         return False
     if len(words) > 1 or not name[0].isupper():
         return True
-    if occurrences(text, name[0].lower() + name[1:]):
-        return False
-    return not _sentence_starts(text).issuperset(occurrences(text, name))
+    elsewhere_small = occurrences(text, name[0].lower() + name[1:])
+    return not elsewhere_small and not _sentence_starts(text).issuperset(occurrences(text, name))
 
 
 @functools.lru_cache(maxsize=1)
@@ -412,7 +415,7 @@ def assemble(texts, entities, pivot, related, total, min_passages, rng):
 def draw_documents(texts, entities, pivots, related, args, name, count, report):
     """Yield `count` documents with pivots drawn from `pivots` (rows of texts). 64 of them share one search."""
     if not any(len(entities[row]) for row in pivots):
-        raise DataError(f"no passage for {name} documents has an entity; use a larger corpus or another --ner")
+        raise DataError(f"no passage for {name} documents has an entity; use a larger corpus, another --ner or --heldout 0")
     for first in range(0, count, 64):
         draws = {i: random.Random(f"{args.seed}/{name}/{i}") for i in range(first, min(first + 64, count))}
         done = {}
@@ -423,7 +426,8 @@ def draw_documents(texts, entities, pivots, related, args, name, count, report):
                     report["replaced"] += 1
                     drawn[i] = pivot = draws[i].choice(pivots)
             for (i, pivot), rows in zip(drawn.items(), related(list(drawn.values()))):
-                built, holders = assemble(texts, entities, pivot, rows, 1 + args.related + args.random, args.min_passages, draws[i])
+                total = 1 + args.related + args.random
+                built, holders = assemble(texts, entities, pivot, rows, total, args.min_passages, draws[i])
                 if built:
                     done[i] = {"id": f"{name}-{i:06d}", **built}
                     report["alone"] += holders == 1
@@ -432,19 +436,20 @@ def draw_documents(texts, entities, pivots, related, args, name, count, report):
             if len(done) == len(draws):
                 break
         else:
-            raise DataError(f"--min_passages {args.min_passages}: 100 pivots in a row have no such entity; lower it or raise --related")
+            raise DataError(f"--min_passages {args.min_passages}: none of 100 pivots has such an entity; lower it or raise --related")
         yield from (done[i] for i in draws)
 
 
-def related_to(texts, encoder, count):
-    """The function from rows of texts to the rows of their `count` nearest others, best first; no common word, no hit."""
-    if encoder == "bm25":
-        search = bm25_index(texts)
-        find = lambda rows: search([texts[row] for row in rows], count + 1)
-    else:
-        vectors = embed(texts, open_encoder(encoder))
-        find = lambda rows: nearest(vectors, vectors[rows].float(), count + 1)
-    return lambda rows: [[other for other, _ in hits if other != row][:count] for row, hits in zip(rows, find(rows))]
+def related_to(texts, encode, count):
+    """The function from rows of texts to the `count` others most related to each, best first; bm25s where encode is None."""
+    vectors = embed(texts, encode) if encode else None
+    search = bm25_index(texts) if not encode else None
+
+    def related(rows):
+        hits = nearest(vectors, vectors[rows].float(), count + 1) if encode else search([texts[row] for row in rows], count + 1)
+        return [[other for other, _ in own if other != row][:count] for row, own in zip(rows, hits)]
+
+    return related
 
 
 def build(args):
@@ -453,15 +458,18 @@ def build(args):
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
+    datasets.disable_progress_bars()
     start, total = time.time(), 1 + args.related + args.random
-    _refuse(args.out)
+    refuse(args.out)
+    _pipeline(args.ner)  # what is not installed is said before hours of reading
+    encode = None if args.encoder == "bm25" else open_encoder(args.encoder)
     texts, keys = read_corpus(args.corpus, args.passage_words, args.max_passages, args.seed)
     if len(texts) < total:
-        raise DataError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; use a larger corpus, or lower --random and --related")
+        raise DataError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; use more, or lower --random and --related")
     entities = find_entities(texts, args.ner, args.processes)
     if not any(map(len, entities)):
         raise DataError(f"{args.corpus}: no passage has an entity that --ner {args.ner} finds; wrong language or wrong column?")
-    related = related_to(texts, args.encoder, args.related)
+    related = related_to(texts, encode, args.related)
     ready = time.time()
 
     # A tenth of the articles is kept for held-out pivots, whether any are built or not: the train side stays the same.
@@ -474,18 +482,22 @@ def build(args):
         {"id": datasets.Value("string"), "text": datasets.Value("string"), "answer": datasets.Value("string"),
          "entities": datasets.List(datasets.List(datasets.Value("int32")))}
     )  # fmt: skip
-    with whole_or_nothing(args.out) as out, tempfile.TemporaryDirectory(dir=out.parent) as scratch, tqdm(desc="build", total=sum(counts.values())) as bar:
-        for name, count in counts.items():
-            with ArrowWriter(path=f"{scratch}/{name}.arrow", features=features, writer_batch_size=64) as writer:
+    bar = tqdm(desc="build", total=sum(counts.values()), unit=" documents")
+    with whole_or_nothing(args.out) as out, bar:
+        parts = datasets.DatasetDict()
+        for name, count in counts.items():  # written one by one: 30,000 documents are 5 GB
+            with ArrowWriter(path=f"{out}.{name}", features=features, writer_batch_size=64) as writer:
                 for document in draw_documents(texts, entities, sides[name], related, args, name, count, report) if count else ():
                     words.append(len(document["text"].split()))
                     writer.write(document)
                     bar.update()
                 writer.finalize()
-        parts = {name: datasets.Dataset.from_file(f"{scratch}/{name}.arrow") for name in counts}
-        datasets.DatasetDict(parts).save_to_disk(out)
+            parts[name] = datasets.Dataset.from_file(f"{out}.{name}")
+        # Without the number of shards an empty part is saved in a form that can't be loaded.
+        parts.save_to_disk(out, num_shards={name: 1 + count // 2000 for name, count in counts.items()})
     distinct = np.mean([len({text[a:b] for a, b in spans}) for text, spans in zip(texts, entities)])
-    print(f"{args.out}: {counts['train']} train and {counts['heldout']} heldout documents of {total} passages, {min(words)} to {max(words)} words")
+    size = f"{total} passages, {min(words)} to {max(words)} words"
+    print(f"{args.out}: {counts['train']} train and {counts['heldout']} heldout documents of {size}")
     print(f"{len(texts)} passages with {distinct:.1f} distinct entities each; {report['replaced']} pivots replaced")
     print(f"{report['alone']} of {len(words)} answers ({report['alone'] / len(words):.0%}) stand in no other passage of their document")
     print(f"{ready - start:.0f} s to read, tag and index, {len(words) / (time.time() - ready):.1f} documents/s")
@@ -533,8 +545,9 @@ def _safe_pieces(text, tokenizer, size=200_000):
     while cuts[-1] + size < len(text) and (found := re.compile(r"\n(?=\S)").search(text, cuts[-1] + size)):
         cuts.append(found.end())
     if len(cuts) > 1:  # a tokenizer may add a blank to the start of every text (SentencePiece): try one cut
-        sample, ids = text[cuts[1] - 2000 : cuts[1] + 2000], lambda part: tokenizer(part, add_special_tokens=False)["input_ids"]
-        if ids(sample) != ids(sample[:2000]) + ids(sample[2000:]):
+        ids = lambda part: tokenizer(part, add_special_tokens=False)["input_ids"]
+        before, after = text[: cuts[1]][-2000:], text[cuts[1] : cuts[1] + 2000]
+        if ids(before + after) != ids(before) + ids(after):
             return [(0, text)]
     return [(a, text[a:b]) for a, b in zip(cuts, [*cuts[1:], len(text)])]
 
@@ -590,10 +603,10 @@ def show(args):
             raise DataError(f"--tokenizer {args.tokenizer}: can't be loaded ({_one_line(error)})") from None
         parts = chunks(text, tokenizer, args.chunk_tokens)
     else:  # a token is about three quarters of an English word
-        ends = [match.end() for match in re.finditer(r"\S+\s*", text)][args.chunk_tokens * 3 // 4 - 1 :: args.chunk_tokens * 3 // 4]
-        ends = [end for end in ends if end < len(text)] + [len(text)]
-        parts = [Chunk([], a, b) for a, b in zip([0, *ends], ends)]
-    print(f"document {document['id']}: {len(parts)} chunks, {len(text.split())} words, {text.count(MASK)} masks, {len(document['entities'])} entities")
+        starts = [match.start() for match in re.finditer(r"\S+", text)][:: max(1, args.chunk_tokens * 3 // 4)]
+        parts = [Chunk([], a, b) for a, b in zip(starts, [*starts[1:], len(text)])]
+    counts = f"{len(text.split())} words, {text.count(MASK)} masks, {len(document['entities'])} entities"
+    print(f"document {document['id']}: {len(parts)} chunks, {counts}")
     for number, part in enumerate(parts, 1):
         size = f"{len(part.ids)} tokens" if tokenizer else "cut by words; --tokenizer cuts as training does"
         print(f"\n---- chunk {number} of {len(parts)} ({size}) ----\n{text[part.start : part.end].strip()}")
@@ -608,6 +621,7 @@ QUESTION_COLUMNS = (
     "id index question input answers golden_answers answer context supporting_facts supporting_idx data_source prompt "
     "reward_model.ground_truth extra_info.question extra_info.index"
 ).split()
+MEMAGENT_KEYS = {"context": "context", "input": "question", "answers": "answers", "num_docs": "num_docs"}
 IN_MEMORY = 256 << 20  # a larger parquet file of questions is read through a memory-mapped copy, in bytes
 
 
@@ -642,8 +656,9 @@ def question_row(place, row):
     {'id': '3', 'source': '', 'question': 'Who?', 'answers': ['Ann'], 'context': 'Document 1:\\nAnn\\nShe did.'}
     """
     extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
-    prompt = row.get("prompt") or [{}]
-    question = row.get("question") or row.get("input") or extra.get("question") or prompt[-1].get("content")
+    question = row.get("question") or row.get("input") or extra.get("question")
+    if not question and isinstance(row.get("prompt"), list):
+        question = row["prompt"][-1]["content"]
     answers = [row.get(name) for name in ("answers", "golden_answers", "answer")] + [reward.get("ground_truth")]
     answers = next((answer for answer in answers if answer not in (None, "", [])), [])
     if isinstance(answers, str) and re.fullmatch(r"\[.*\]", answers, re.DOTALL):  # a list that went through str()
@@ -654,15 +669,19 @@ def question_row(place, row):
         raise DataError(f"{place}: a question needs a question and an answer, this row has {sorted(row)}")
     identity = next((str(value) for value in (row.get("id"), extra.get("index"), row.get("index")) if value is not None), place)
     context = row.get("context") or ""
-    context = context if isinstance(context, str) else lay_out(paragraphs(row))
-    return {"id": identity, "source": row.get("data_source") or "", "question": question.strip(), "answers": answers, "context": context}
+    context = context if isinstance(context, str) else lay_out(paragraphs(place, row))
+    source = row.get("data_source") or ""
+    return {"id": identity, "source": source, "question": str(question).strip(), "answers": answers, "context": context}
 
 
-def paragraphs(row):
+def paragraphs(place, row):
     """The row's own [(title, text), ..], from [[title, text or sentences], ..] or HotpotQA's {"title": .., "sentences": ..}."""
     context = row.get("context") or []
-    pairs = zip(context["title"], context["sentences"]) if isinstance(context, dict) else context
-    return [(title, text if isinstance(text, str) else "".join(text)) for title, text in pairs]
+    try:
+        pairs = zip(context["title"], context["sentences"]) if isinstance(context, dict) else context
+        return [(title, text if isinstance(text, str) else "".join(text)) for title, text in pairs]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{place}: context must be a text or [[title, text], ..]") from None
 
 
 def lay_out(pairs):
@@ -703,34 +722,39 @@ def longqa(args):
     """
     from tqdm import tqdm
 
-    _refuse(args.out)
+    refuse(args.out)
     if not re.search(r"\.(jsonl|json)(\.gz)?$", args.out) or args.out.endswith(".json.gz"):
         raise DataError(f"--out {args.out}: .jsonl, .jsonl.gz or .json (MemAgent's eval format) can be written")
-    rows = [(question_row(place, row), row) for place, row in read_rows(args.questions, QUESTION_COLUMNS)]
-    rows = [(question, _own(row)) for question, row in rows if row.get("context") and not isinstance(row["context"], str)]
+    rows = [(question_row(place, row), _own(place, row)) for place, row in read_rows(args.questions, QUESTION_COLUMNS)]
+    without, rows = sum(not own for _, own in rows), [pair for pair in rows if pair[1]]
     pool = {title: text for _, own in rows for title, text in own.items()}
-    if len(pool) < args.documents:
+    titles = list(pool)
+    if not 0 < args.documents <= len(pool):
         raise DataError(f"{args.questions}: {len(pool)} paragraphs of different titles, --documents {args.documents} needs as many")
+    whole = args.out.endswith(".json")  # one list; else a row per line
     with whole_or_nothing(args.out) as out, (gzip.open if args.out.endswith(".gz") else open)(out, "wt", encoding="utf-8") as file:
-        whole = args.out.endswith(".json")
-        for number, (question, own) in enumerate(tqdm(rows, desc="longqa")):
+        for number, (question, own) in enumerate(tqdm(rows, desc="longqa", unit=" documents")):
             rng = random.Random(f"{args.seed}/{question['id']}")
-            others = [title for title in rng.sample(list(pool), args.documents) if title not in own]
-            titles = [*own, *others][: args.documents]
-            rng.shuffle(titles)
-            row = {**question, "context": lay_out((title, own.get(title) or pool[title]) for title in titles), "num_docs": len(titles)}
+            others = [title for title in rng.sample(titles, args.documents) if title not in own]
+            chosen = [*own, *others][: args.documents]
+            rng.shuffle(chosen)
+            row = {**question, "context": lay_out((title, own.get(title) or pool[title]) for title in chosen), "num_docs": len(chosen)}
             if whole:
-                row = {"context": row["context"], "input": row["question"], "answers": row["answers"], "num_docs": len(titles), "index": number}
+                row = {key: row[value] for key, value in MEMAGENT_KEYS.items()} | {"index": number}
             file.write(("[" if whole and not number else "," if whole else "") + json.dumps(row, ensure_ascii=False) + "\n")
         file.write("]\n" if whole else "")
     print(f"{args.out}: {len(rows)} questions with {args.documents} documents each, out of {len(pool)} paragraphs")
+    if without:
+        print(f"{without} questions have no paragraphs of their own and were left out")
 
 
-def _own(row):
+def _own(place, row):
     """{title: text} of the row's paragraphs, the gold ones first (all that is kept when few documents are wanted)."""
+    if isinstance(row.get("context"), str):
+        return {}
     facts = row.get("supporting_facts") or []
     gold = set(facts["title"] if isinstance(facts, dict) else [title for title, _ in facts])
-    pairs = paragraphs(row)
+    pairs = paragraphs(place, row)
     gold |= {pairs[i][0] for i in row.get("supporting_idx") or []}
     own = {}
     for title, text in sorted(pairs, key=lambda pair: pair[0] not in gold):
@@ -741,6 +765,7 @@ def _own(row):
 # ---- Retrieval (section 8) -------------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits between attempts at a search server
+TIMEOUT_SECONDS = 120  # of one attempt
 
 
 def open_retriever(source, encoder="bm25", cache=None):
@@ -761,7 +786,12 @@ def open_retriever(source, encoder="bm25", cache=None):
         stat = os.stat(source)
         key = f"{os.path.abspath(source)} {stat.st_size} {stat.st_mtime_ns} {encoder}"
         folder = Path(cache or Path.home() / ".cache" / "memtrain") / f"index-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
-    search = bm25_index(texts, folder) if encoder == "bm25" else dense_index(texts, encoder, folder)
+    if encoder == "bm25":
+        search = bm25_index(texts, folder)
+    else:
+        encode = open_encoder(encoder)
+        vectors = embed(texts, encode, folder)
+        search = lambda queries, k: nearest(vectors, encode(queries, "query"), k)
 
     def retrieve(queries, k):
         return [[{**passages[row], "score": score} for row, score in hits] for hits in search(queries, k)] if queries else []
@@ -785,16 +815,10 @@ def bm25_index(texts, folder=None):
     def search(queries, k):
         tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
         found = index.retrieve(tokens, k=min(k, len(texts)), show_progress=False)
-        return [[(int(row), float(score)) for row, score in zip(*pair) if score > 0] for pair in zip(found.documents, found.scores)]
+        pairs = zip(found.documents.tolist(), found.scores.tolist())
+        return [[(row, score) for row, score in zip(*pair) if score > 0] for pair in pairs]
 
     return search
-
-
-def dense_index(texts, model, folder=None):
-    """As bm25_index, by the inner product of a transformers encoder's vectors."""
-    encode = open_encoder(model)
-    vectors = embed(texts, encode, folder)
-    return lambda queries, k: nearest(vectors, encode(queries, "query"), k)
 
 
 def open_encoder(name):
@@ -828,7 +852,7 @@ def embed(texts, encode, file=None):
     import torch
     from tqdm import tqdm
 
-    batches = (encode(texts[i : i + 64], "passage").half() for i in tqdm(range(0, len(texts), 64), desc="encode"))
+    batches = (encode(texts[i : i + 64], "passage").half() for i in tqdm(range(0, len(texts), 64), desc="encode", delay=1))
     if file and not file.exists():
         with whole_or_nothing(file) as unfinished, open(unfinished, "wb") as out:
             out.writelines(batch.numpy().tobytes() for batch in batches)
@@ -865,18 +889,21 @@ def _ask_server(url, queries, k):
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     for wait in (*RETRY_SECONDS, None):
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
                 result = json.load(reply)["result"]
+            if len(result) != len(queries):
+                raise ValueError(f"{len(result)} results for {len(queries)} queries")
             return [[{**passage(url, hit["document"]), "score": hit["score"]} for hit in hits] for hits in result]
         except urllib.error.HTTPError as error:
             if 400 <= error.code < 500 and error.code != 429:
-                raise DataError(f"{url} refuses the request ({error}); is it a retrieval server with Search-R1's contract?") from None
+                raise DataError(f"{url} refuses the request ({error}); does it keep Search-R1's contract?") from None
             trouble = error
-        except (OSError, ValueError, KeyError, TypeError) as error:  # unreachable, timed out, cut off, not JSON
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:  # down, late, cut off, not JSON
             trouble = error
         if wait is not None:
             time.sleep(wait)
-    raise DataError(f"{url}: no answer after {len(RETRY_SECONDS) + 1} attempts ({_one_line(trouble)}); start the server, then --resume")
+    attempts = len(RETRY_SECONDS) + 1
+    raise DataError(f"{url}: no answer after {attempts} attempts ({_one_line(trouble)}); start the server, then go on with --resume")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -896,7 +923,7 @@ def whole_or_nothing(path):
                 raise
 
 
-def _refuse(out):
+def refuse(out):
     if os.path.exists(out):
         raise DataError(f"--out {out}: is there already; choose another name or delete it")
 
@@ -920,8 +947,8 @@ def main(argv=None):
     p.add_argument("--ner", default="en_core_web_sm", help="spaCy pipeline, or rules: no download, coarser (en_core_web_sm)")
     p.add_argument("--encoder", default="bm25", help="what related means: bm25, or a transformers encoder (bm25)")
     p.add_argument("--passage_words", type=_at_least(1), default=160, help="words of a passage cut from an article (160)")
-    p.add_argument("--max_passages", type=_at_least(0), default=300_000, help="passages read from the corpus, 0: all; some 5 kB of memory each (300000)")
-    p.add_argument("--min_passages", type=_at_least(1), default=1, help="passages of the document that hold the answer, the pivot included (1)")
+    p.add_argument("--max_passages", type=_at_least(0), default=300_000, help="passages of the corpus, 0: all; some 8 kB each (300000)")
+    p.add_argument("--min_passages", type=_at_least(1), default=1, help="passages that hold the answer, the pivot included (1)")
     p.add_argument("--processes", type=_at_least(1), default=os.cpu_count(), help="processes that look for entities (all cores)")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=build)
@@ -945,7 +972,10 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         args.run(args)
-    except DataError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # show DIR | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DataError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
 

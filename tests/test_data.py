@@ -1,0 +1,737 @@
+"""data.py against slow plain truths: masks, spans, chunks, recalls, every file format, long documents, retrieval, errors."""
+
+import collections
+import doctest
+import gzip
+import http.server
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from data import MASK, TARGET, DataError
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data"
+real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data, real text that is not part of the project")
+LETTERS = "abAé_\u0301 .,-"  # the accent that follows a letter is no word character to `re`
+
+
+def write_jsonl(path, rows):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def world(articles=60, seed=0):
+    """Articles about invented people who met in invented towns."""
+    rng = random.Random(seed)
+    towns = [a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")]
+    for number in range(articles):
+        name = f"{rng.choice(['Ada', 'Ben', 'Cy', 'Dora'])} {rng.choice(['Stone', 'Rivers', 'Hill', 'Marsh'])}{chr(97 + number % 26)}"
+        town, other, year = rng.choice(towns), rng.choice(towns), rng.randint(1700, 1999)
+        yield {"id": str(number), "title": name, "text": f"In {year} the painter {name} came to {town} by ship. Later she left {town} for {other}."}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "world.jsonl.gz", world())
+
+
+def run(*arguments):
+    """The command line, in this process; the exit status is 2 after an error, None else."""
+    return data.main([str(argument) for argument in arguments])
+
+
+def build(corpus, out, documents, *more):
+    assert not run("build", "--corpus", corpus, "--out", out, "--documents", documents, "--ner", "rules", "--related", 4,
+                   "--random", 6, "--processes", 1, *more)  # fmt: skip
+    return [list(data.load_documents(out, split)) for split in ("train", "heldout")]
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tmp_path_factory):
+    return build(corpus, tmp_path_factory.mktemp("built") / "docs", 70)
+
+
+def byte_level(pattern=None):
+    """A BPE of 600 tokens, split by GPT-2's pattern or the given one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    core.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)])
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator([row["text"] for row in world()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
+def sentencepiece_like():
+    """A tokenizer that puts a blank before every text, as Llama 2 does: it can't be run on pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="always", split=False), decoders.Metaspace()
+    core.train_from_iterator([row["text"] for row in world()], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+def test_the_examples_in_the_docstrings_hold():
+    result = doctest.testmod(data)
+    assert result.attempted > 8 and not result.failed
+
+
+# ----------------------------------------------------------------------------------------------------- masks and spans
+
+
+def slow_pattern(entity):
+    return re.compile(rf"(?<![\w\u0300-\u036f]){re.escape(entity)}(?![\w\u0300-\u036f])")
+
+
+@given(st.text(LETTERS, max_size=60), st.text(LETTERS, min_size=1, max_size=4))
+def test_masking_equals_a_regular_expression_with_word_boundaries(text, entity):
+    assert data.mask(text, entity)[0] == slow_pattern(entity).sub(MASK, text)
+
+
+@given(st.text(LETTERS, max_size=60), st.text("ab", min_size=1, max_size=2), st.data())
+def test_spans_keep_their_text_and_the_ones_that_are_hit_disappear(text, entity, draw):
+    cuts = sorted(draw.draw(st.sets(st.integers(0, len(text)), max_size=12)))
+    spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2])]
+    masked, moved = data.mask(text, entity, spans)
+    hits = [match.span() for match in slow_pattern(entity).finditer(text)]
+    untouched = [(a, b) for a, b in spans if all(b <= start or end <= a for start, end in hits)]
+    assert [masked[a:b] for a, b in moved] == [text[a:b] for a, b in untouched]
+
+
+@pytest.mark.parametrize("text, entity, masked", [
+    ("Mark marks Mark's Marks; Denmark, mark. (Mark)", "Mark", "# marks #'s Marks; Denmark, mark. (#)"),
+    ("Émile, Zoë and Zoëlla", "Zoë", "Émile, # and Zoëlla"),
+    ("Бах, Баха, «Бах»", "Бах", "#, Баха, «#»"),
+    ("हिन्द हिन्दी", "हिन्द", "# हिन्दी"),
+    ("12 of 120, 12% and 12th", "12", "# of 120, #% and 12th"),
+    ("C++ and C+++", "C++", "# and #+"),
+    ("New York in\nNew\nYork", "New York", "# in\n#"),
+    ("a.b a+b", "a.b", "# a+b"),
+    ("the the the", "the the", "# the"),
+    ("_Mark_ Mark_1 Mark", "Mark", "_Mark_ Mark_1 #"),
+])  # fmt: skip
+def test_only_whole_words_are_masked_in_any_script(text, entity, masked):
+    assert data.mask(text, entity, placeholder="#")[0] == masked
+
+
+def test_one_name_in_two_unicode_spellings_is_one_name(tmp_path):
+    path = write_jsonl(tmp_path / "c.jsonl", [{"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"}])
+    assert data.read_corpus(path)[0] == ["Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"]
+
+
+def test_unfair_answers_are_left_out():
+    text = "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; The WHO and X agree. Rome fell in Rome."
+    names = ["According", "Ann", "One", "the", "1,200", "Music", "WHO", "X", "Rome", "MASK", "[TARGET]", "7", "twenty-one", "a\nb", ""]
+    assert [name for name in names if data.fair(name, text)] == ["Ann", "1,200", "WHO", "Rome"]
+
+
+def test_the_rules_find_dates_numbers_names_and_works():
+    text = (
+        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in Bloemfontein. Although France paid "
+        '$5 million, he sold 1,500 copies of "The Hobbit" in World War I. The Germans of the University of Leeds walked 12.5 km in the '
+        "19th century with Seán O'Brien of the U.S. army. Afterwards nothing happened to Tolkien's Łódź."
+    )
+    (spans,) = data.find_entities([text], "rules")
+    names = [text[a:b] for a, b in spans]
+    for name in ["J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500", "Hobbit", "World War I", "12.5 km",
+                 "19th century", "Seán O'Brien", "U.S.", "Tolkien", "Łódź", "University of Leeds"]:  # fmt: skip
+        assert name in names or any(name in longer for longer in names), name
+    assert not {"Although", "Afterwards", "The", "Although France", "Tolkien's"} & set(names)
+
+
+def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and_possessives(tmp_path):
+    import spacy
+
+    nlp = spacy.blank("en")
+    ruler = nlp.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "GPE", "pattern": name} for name in ("the United States", "Peru's", "three", "today")])
+    nlp.to_disk(tmp_path / "trained")
+    texts = ["She left the United States for Peru's coast in three days."] * 3000
+    for spans in data.find_entities(texts, str(tmp_path / "trained"), processes=2):
+        assert [texts[0][a:b] for a, b in spans] == ["United States", "Peru"]
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, built):
+    known = set(data.read_corpus(corpus)[0])
+    for document in built[0] + built[1]:
+        restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
+        assert len(set(restored)) == 11 and set(restored) <= known
+        assert MASK in document["text"] and not slow_pattern(document["answer"]).search(document["text"])
+
+
+def test_entity_spans_point_at_the_same_names_that_the_passages_have(corpus, built):
+    texts, _ = data.read_corpus(corpus)
+    names = {text: [text[a:b] for a, b in spans] for text, spans in zip(texts, data.find_entities(texts, "rules"))}
+    for document in built[0]:
+        found = [document["text"][a:b] for a, b in document["entities"]]
+        restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
+        wanted = [name for passage in restored for name in names[passage] if not slow_pattern(document["answer"]).search(name)]
+        assert found == wanted and document["entities"] == sorted(document["entities"])
+
+
+def test_a_document_depends_on_seed_and_number_not_on_how_many_are_built(corpus, built, tmp_path):
+    few, few_heldout = build(corpus, tmp_path / "few", 3, "--heldout", 2)
+    assert few == built[0][:3] and few_heldout == built[1][:2]
+    other, _ = build(corpus, tmp_path / "other", 3, "--seed", 1)
+    assert all(a["text"] != b["text"] for a, b in zip(few, other))
+
+
+def test_no_article_is_pivot_on_both_sides(corpus, tmp_path, monkeypatch):
+    pivots = collections.defaultdict(set)
+    plain = data.draw_documents
+    monkeypatch.setattr(data, "draw_documents", lambda *a: pivots[a[5]].update(a[2]) or plain(*a))
+    build(corpus, tmp_path / "docs", 5, "--heldout", 2)
+    assert pivots["train"] and pivots["heldout"] and not pivots["train"] & pivots["heldout"]
+
+
+def test_min_passages_wants_the_answer_in_as_many_passages(corpus, tmp_path):
+    documents, _ = build(corpus, tmp_path / "docs", 12, "--min_passages", 2)
+    assert all(sum(MASK in passage for passage in document["text"].split("\n\n")) >= 2 for document in documents)
+
+
+def test_pivots_without_an_entity_are_replaced(tmp_path):
+    dull = [{"title": "", "text": f"nothing to see here {word}."} for word in ("again", "ever", "today", "soon", "now")]
+    documents, _ = build(write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 6, *dull]), tmp_path / "docs", 20)
+    assert len(documents) == 20
+
+
+def test_related_passages_are_the_ones_that_share_rare_words():
+    texts = [f"filler {word} words" for word in "red green blue black white".split()] + ["zebra stripes filler", "zebra hooves filler"]
+    assert data.related_to(texts, None, 3)([5])[0][0] == 6
+    assert data.related_to(["zebra", "lion", "bear"], None, 2)([0]) == [[]]  # a score of zero is no relation
+
+
+def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
+    rows = [{"text": text} for text in ("good", f"bad {MASK}", f"bad {TARGET}", "good", "", "fine")]
+    assert data.read_corpus(write_jsonl(tmp_path / "c.jsonl", rows))[0] == ["good", "fine"]
+
+
+@given(st.lists(st.sampled_from(["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]), max_size=60), st.integers(3, 20))
+def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentences, words):
+    text = data.tidy(" ".join(sentences))
+    pieces = data.cut(text, words)
+    assert " ".join(pieces).split() == text.split()
+    assert len(text.split()) <= 2 * words and pieces == [text] or all(words / 2 - 10 <= len(piece.split()) for piece in pieces)
+
+
+def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
+    article = " ".join(f"Sentence {number} by Dr. Who has exactly nine words here." for number in range(100))
+    pieces = data.cut(article, 160)
+    assert all(piece.endswith("here.") and 140 <= len(piece.split()) <= 240 for piece in pieces)
+    assert data.cut(article[:1000], 160) == [article[:1000]]
+
+
+# -------------------------------------------------------------------------------------------------- chunks and recalls
+
+
+def chunkable():
+    return "\n".join(row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in enumerate(world(40)))
+
+
+@pytest.mark.parametrize("pattern", [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"])
+@pytest.mark.parametrize("size", [1, 7, 64, 100_000])
+def test_chunks_are_the_tokens_of_one_call_and_the_characters_of_the_text(size, pattern):
+    tokenizer, text = byte_level(pattern), chunkable()
+    found = data.chunks(text, tokenizer, size)
+    assert [i for chunk in found for i in chunk.ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert all(len(chunk.ids) == size for chunk in found[:-1]) and 0 < len(found[-1].ids) <= size
+    assert "".join(text[chunk.start : chunk.end] for chunk in found) == text
+
+
+def test_offsets_name_the_characters_of_the_ids(tokenizer):
+    text = "\n".join(row["text"] for row in world(10))
+    for chunk in data.chunks(text, tokenizer, 16):
+        assert tokenizer.decode(chunk.ids) == text[chunk.start : chunk.end]
+
+
+def test_a_long_text_tokenised_in_pieces_gives_the_same_chunks(tokenizer, monkeypatch):
+    text, plain = chunkable(), data._safe_pieces
+    monkeypatch.setattr(data, "_safe_pieces", lambda text, tokenizer: [(0, text)])
+    whole = data.chunks(text, tokenizer, 50)
+    monkeypatch.setattr(data, "_safe_pieces", lambda text, tokenizer: plain(text, tokenizer, 300))
+    assert len(plain(text, tokenizer, 300)) > 5 and data.chunks(text, tokenizer, 50) == whole
+
+
+def test_a_tokenizer_that_can_not_be_cut_gets_the_text_whole():
+    text = chunkable()
+    assert data._safe_pieces(text, sentencepiece_like(), 300) == [(0, text)]
+
+
+def test_an_empty_text_is_one_empty_chunk(tokenizer):
+    assert data.chunks("", tokenizer, 5) == [data.Chunk([], 0, 0)]
+
+
+def test_recall_targets_lie_in_their_chunk_and_fit_its_size(built, tokenizer):
+    rng = random.Random(0)
+    for document in built[0]:
+        parts = data.chunks(document["text"], tokenizer, 60)
+        recall = data.draw_recall(document, parts, tokenizer, 60, rng)
+        part = parts[recall.l - 1]
+        assert 1 <= recall.l < recall.k <= len(parts) and len(recall.ids) <= 60
+        inside = [document["text"][a:b] for a, b in document["entities"] if part.start <= a and b <= part.end]
+        assert recall.target in inside and recall.target != document["answer"]
+        shown = tokenizer.decode(recall.ids)
+        assert TARGET in shown and not slow_pattern(recall.target).search(shown)
+
+
+def test_a_recall_that_outgrew_its_chunk_loses_the_end_farther_from_the_target(tokenizer):
+    text = " ".join(f"word{number:02d}" for number in range(30))
+    for hidden, kept in ((2, "start"), (27, "end")):
+        name = f"word{hidden:02d}"
+        start = text.index(name)
+        document = {"text": text, "answer": "-", "entities": [[start, start + len(name)]]}
+        size = len(tokenizer(text)["input_ids"])
+        whole = tokenizer(text.replace(name, TARGET))["input_ids"]
+        assert len(whole) > size
+        recall = data.draw_recall(document, data.chunks(text, tokenizer, size), tokenizer, size, random.Random(0))
+        assert (recall.k, recall.l) == (1, 1) and recall.ids == (whole[:size] if kept == "start" else whole[-size:])
+
+
+def test_k_l_and_the_target_are_uniform():
+    document = {"text": "a b c d e f g h", "answer": "-", "entities": [[2 * i, 2 * i + 1] for i in range(8)]}
+    parts = [data.Chunk([0, 0], 4 * i, 4 * i + 3) for i in range(4)]  # two names in each of four chunks
+    rng, counts = random.Random(0), collections.Counter()
+    for _ in range(6000):
+        recall = data.draw_recall(document, parts, lambda text, **_: {"input_ids": [0]}, 2, rng)
+        counts[recall.k, recall.l, recall.target] += 1
+    for (k, l, _), count in counts.items():
+        expected = 6000 / 3 / (k - 1) / 2
+        assert abs(count - expected) < 5 * expected**0.5, (k, l, count, expected)
+    assert len(counts) == (1 + 2 + 3) * 2
+
+
+def test_chunks_without_an_entity_are_passed_over():
+    encode = lambda text, **_: {"input_ids": [0]}  # noqa: E731
+    parts = [data.Chunk([0], i, i + 1) for i in range(5)]
+    only_fourth = {"text": "abcde", "answer": "a", "entities": [[0, 1], [3, 4]]}
+    recalls = [data.draw_recall(only_fourth, parts, encode, 1, random.Random(seed)) for seed in range(50)]
+    assert {(recall.k, recall.l, recall.target) for recall in recalls} == {(5, 4, "d")}
+    only_last = {"text": "abcde", "answer": "-", "entities": [[4, 5]]}  # no later memory is left to recall it from
+    assert data.draw_recall(only_last, parts, encode, 1, random.Random(0)) is None
+    across = {"text": "abcde", "answer": "-", "entities": [[1, 3]]}  # lies in no chunk wholly
+    assert data.draw_recall(across, parts, encode, 1, random.Random(0)) is None
+    assert data.draw_recall({**only_last, "entities": []}, parts[:1], encode, 1, random.Random(0)) is None
+
+
+def test_show_prints_chunks_masks_and_the_answer(corpus, tmp_path, tokenizer, capsys):
+    (document,), _ = build(corpus, tmp_path / "docs", 1, "--heldout", 0)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    capsys.readouterr()
+    assert not run("show", tmp_path / "docs", "--tokenizer", tmp_path / "tokenizer", "--chunk_tokens", 100)
+    printed = capsys.readouterr().out
+    assert f"is {document['answer']!r}" in printed and printed.count(MASK) == document["text"].count(MASK) + 1
+    assert "chunk 2 of" in printed and "100 tokens" in printed and TARGET in printed
+    assert not run("show", tmp_path / "docs") and MASK in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- file formats
+
+PASSAGES = [{"id": "1", "title": "Rome", "text": "A city in Italy."}, {"id": "2", "title": "Nile", "text": "A river in Egypt."}]
+
+
+def as_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "wiki-18", "folder"])
+def test_a_corpus_may_come_in_any_form(kind, tmp_path):
+    if kind == "json":
+        (tmp_path / "c.json").write_text(json.dumps(PASSAGES))
+        path = str(tmp_path / "c.json")
+    elif kind == "parquet":
+        path = as_parquet(tmp_path / "c.parquet", PASSAGES)
+    elif kind == "wiki-18":
+        path = write_jsonl(tmp_path / "c.jsonl", [{"id": row["id"], "contents": f'"{row["title"]}"\n{row["text"]}'} for row in PASSAGES])
+    elif kind == "folder":
+        write_jsonl(tmp_path / "part.jsonl", PASSAGES)
+        path = str(tmp_path)
+    else:
+        path = write_jsonl(tmp_path / f"c.{kind}", PASSAGES)
+    assert [data.passage(*row) for row in data.read_rows(path)] == PASSAGES
+    assert sorted(data.read_corpus(path, limit=5)[0]) == ["Nile\nA river in Egypt.", "Rome\nA city in Italy."]  # streamed
+
+
+def test_plain_text_loses_its_hard_line_breaks_and_keeps_its_paragraphs(tmp_path):
+    (tmp_path / "c.txt").write_text("He saw New\nYork.\n\nThen\nhe left.\n")
+    assert data.read_corpus(str(tmp_path / "c.txt"))[0] == ["He saw New York.\nThen he left."]
+    (tmp_path / "long.txt").write_text("One word more here.\n\n" * 3000)
+    assert sum(len(text.split()) for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))]) == 12000
+
+
+def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES))
+    assert len(list(data.read_rows("wikimedia/wikipedia:20231101.en"))) == 2
+    assert len(list(data.read_rows("RUC-NLPIR/FlashRAG_datasets:nq:dev"))) == 2
+    assert asked == [(("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": False}),
+                     (("RUC-NLPIR/FlashRAG_datasets", "nq"), {"split": "dev", "streaming": False})]  # fmt: skip
+    path = as_parquet(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or path)
+    assert data.load_questions("BytedTsinghua-SIA/hotpotqa")[0]["answers"] == ["Ann"]
+    assert asked[-1] == (("BytedTsinghua-SIA/hotpotqa", "hotpotqa_train_32k.parquet"), {"repo_type": "dataset"})
+
+
+MEMAGENT = {
+    "data_source": "hotpotqa", "prompt": [{"role": "user", "content": "Who?"}], "context": "Document 1:\nA\nb", "ability": "memory",
+    "reward_model": {"style": "rule", "ground_truth": ["Ann", "Anna"]}, "extra_info": {"index": 4, "question": "Who?", "num_docs": 1},
+    "scores": [{"model": {"em": [0.5]}}],
+}  # fmt: skip
+WANTED = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": "Document 1:\nA\nb"}
+
+
+@pytest.mark.parametrize("kind, row", [
+    ("parquet", MEMAGENT),
+    ("json", {"context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "num_docs": 1, "index": 4}),
+    ("json", {"context": WANTED["context"], "input": "Who?", "answers": "['Ann', 'Anna']", "num_docs": "1", "index": "4"}),
+    ("jsonl.gz", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": [["A", "b"]]}),
+    ("jsonl", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": [["A", ["b"]]]}),
+    ("jsonl", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": {"title": ["A"], "sentences": [["b"]]}}),
+    ("parquet", {"id": "4", "question": "Who?", "golden_answers": ["Ann", "Anna"]}),
+    ("jsonl", {"id": "4", "question": "Who? ", "golden_answers": ["Ann", "Anna"], "metadata": {}}),
+])  # fmt: skip
+def test_questions_may_come_in_any_form(kind, row, tmp_path):
+    path = tmp_path / f"q.{kind}"
+    if kind == "parquet":
+        as_parquet(path, [row])
+    elif kind == "json":
+        path.write_text(json.dumps([row]))
+    else:
+        write_jsonl(path, [row])
+    (found,) = data.load_questions(str(path))
+    wanted = {**WANTED, "source": row.get("data_source", ""), "context": WANTED["context"] if "context" in row else ""}
+    assert found == wanted
+
+
+def test_a_large_parquet_file_is_memory_mapped_and_reads_alike(tmp_path, monkeypatch):
+    path = as_parquet(tmp_path / "q.parquet", [MEMAGENT] * 3)
+    plain = data.load_questions(path)
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    assert list(data.load_questions(path)) == plain
+
+
+@pytest.mark.parametrize("answer, golds", [("['x', \"y's\"]", ["x", "y's"]), ("[sic]", ["[sic]"]), ("x", ["x"]), (["['x']"], ["['x']"]), (1992, ["1992"])])
+def test_answers_that_went_through_str_are_read_back(answer, golds):
+    assert data.question_row("f:1", {"question": "Who?", "answers": answer})["answers"] == golds
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_questions_are_paired_within_their_source_in_order(count):
+    rows = [{"id": f"{source}{n}", "source": source, "question": f"{source}{n}?", "answers": [n], "context": ""} for n in range(7) for source in "ab"]
+    joined = data.pair_questions(rows, count)
+    assert len(joined) == 2 * (7 // count)
+    for number, row in enumerate(joined[: 7 // count]):
+        members = range(number * count, (number + 1) * count)
+        assert row["question"] == "; ".join(f"a{n}?" for n in members) and row["answers"] == [[n] for n in members]
+
+
+# ------------------------------------------------------------------------------------------------------ long documents
+
+
+def hotpot(questions=20, paragraphs=5):
+    for number in range(questions):
+        context = [[f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)] + [["Shared", f"Of {number}."]]
+        yield {"id": f"q{number}", "question": f"Q{number}?", "answers": [f"a{number}"], "context": context,
+               "supporting_facts": [[f"Title {number}.3", 0], ["Shared", 0]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.json"])
+def test_long_documents_keep_their_paragraphs_and_share_no_title(name, tmp_path):
+    source = write_jsonl(tmp_path / "q.jsonl", hotpot())
+    assert not run("longqa", "--questions", source, "--documents", 40, "--out", tmp_path / name)
+    places = set()
+    for row, question in zip(hotpot(), data.load_questions(str(tmp_path / name)), strict=True):
+        documents = re.fullmatch(r"Document 1:\n(.*)", question["context"], re.DOTALL)[1]
+        documents = re.split(r"\n\nDocument \d+:\n", documents)
+        titles = [document.split("\n")[0] for document in documents]
+        assert len(set(titles)) == len(titles) == 40
+        assert {f"{title}\n{text}" for title, text in row["context"]} <= set(documents)
+        places.add(tuple(titles.index(title) for title, _ in row["context"]))
+        assert (question["question"], question["answers"]) == (row["question"], row["answers"])
+    assert len(places) == 20  # a seed per question: the own paragraphs stand somewhere else each time
+
+
+def test_few_documents_keep_the_gold_paragraphs(tmp_path):
+    run("longqa", "--questions", write_jsonl(tmp_path / "q.jsonl", hotpot()), "--documents", 2, "--out", tmp_path / "out.jsonl")
+    for number, question in enumerate(data.load_questions(str(tmp_path / "out.jsonl"))):
+        assert f"Text {number}.3." in question["context"] and f"Of {number}." in question["context"]
+
+
+def test_long_documents_are_a_function_of_the_seed(tmp_path):
+    source = write_jsonl(tmp_path / "q.jsonl", [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("longqa", "--questions", source, "--documents", 30, "--out", tmp_path / name / "out.jsonl", "--seed", seed)
+    a, b, c = [(tmp_path / name / "out.jsonl").read_text() for name in "abc"]
+    assert a == b != c and len(a.splitlines()) == 20
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+def test_bm25_finds_the_passage_and_leaves_out_what_shares_no_word(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "3", "title": "Oslo", "text": "A city in Norway."}])
+    for _ in range(2):  # the second time from the index on disk
+        search = data.open_retriever(path, cache=tmp_path / "cache")
+        (norway, nothing, both) = search(["where is norway", "zebra ?", "city"], 5)
+        assert [hit["id"] for hit in norway] == ["3"] and nothing == [] and {hit["id"] for hit in both} == {"1", "3"}
+        assert norway[0]["title"] == "Oslo" and norway[0]["text"] == "A city in Norway." and norway[0]["score"] > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1 and search([], 3) == []
+
+
+def test_a_changed_corpus_gets_a_new_index(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", PASSAGES)
+    data.open_retriever(path, cache=tmp_path / "cache")
+    write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "9", "title": "Bern", "text": "bears"}])
+    assert data.open_retriever(path, cache=tmp_path / "cache")(["bears"], 1)[0][0]["id"] == "9"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, tokenizer):
+    """A random BERT under a name that asks for E5's prefixes."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-e5"
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_dense_search_equals_mean_pooling_and_inner_products_by_hand(tmp_path, encoder):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    rows = list(world(150))
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+
+    @torch.no_grad()
+    def embed(text):
+        mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        return (mean / mean.norm()).numpy()
+
+    passages = np.stack([embed(f"passage: {row['title']}\n{row['text']}") for row in rows])
+    queries = [row["text"][:40] for row in rows[:70]]  # more than one block of queries
+    for _ in range(2):
+        found = data.open_retriever(path, encoder=encoder, cache=tmp_path / "cache")(queries, 3)
+        for query, hits in zip(queries, found):
+            scores = passages @ embed(f"query: {query}")
+            assert np.allclose([hit["score"] for hit in hits], np.sort(scores)[::-1][:3], atol=2e-3)  # vectors are kept in 16 bits
+            assert np.allclose([hit["score"] for hit in hits], [scores[int(hit["id"])] for hit in hits], atol=2e-3)
+
+
+def test_the_nearest_are_exact_over_blocks_and_the_same_in_any_company():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(70_000, 8, generator=generator)  # more than one block
+    queries = torch.randn(70, 8, generator=generator)
+    found = data.nearest(vectors, queries, 4)
+    assert [[row for row, _ in hits] for hits in found] == (queries @ vectors.T).topk(4).indices.tolist()
+    assert data.nearest(vectors, queries[3:4], 4)[0] == found[3]
+
+
+def test_documents_can_be_built_around_a_dense_neighbourhood(corpus, encoder, tmp_path):
+    three, _ = build(corpus, tmp_path / "three", 3, "--encoder", encoder)
+    one, _ = build(corpus, tmp_path / "one", 1, "--encoder", encoder)
+    assert one == three[:1] and len(three) == 3
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Search-R1's contract over two passages; `plan` holds what goes wrong first."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, request))
+        trouble = self.server.plan.pop(0) if self.server.plan else None
+        if trouble == "cut":
+            self.connection.close()
+        elif trouble == "late":
+            time.sleep(0.5)
+        elif trouble == "short":
+            self.reply(200, b'{"result": []}')
+        elif trouble == "html":
+            self.reply(200, b"<html>warming up</html>")
+        elif trouble:
+            self.reply(trouble, b"no")
+        else:
+            document = {"document": {"id": "7", "contents": '"Rome"\nA city.'}, "score": 0.5}
+            self.reply(200, json.dumps({"result": [[document] * request["topk"]] * len(request["queries"])}).encode())
+
+    def reply(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(data, "RETRY_SECONDS", (0, 0, 0, 0))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.plan, server.requests = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/retrieve"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_search_server_is_asked_once_for_all_queries(server):
+    search = data.open_retriever(server.url)
+    assert search(["a", "b"], 2) == [[{"id": "7", "title": "Rome", "text": "A city.", "score": 0.5}] * 2] * 2
+    assert server.requests == [("/retrieve", {"queries": ["a", "b"], "topk": 2, "return_scores": True})]
+    assert search([], 2) == [] and len(server.requests) == 1
+
+
+def test_a_search_server_that_fails_or_is_late_and_recovers_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
+    for plan in ([500, "cut", "html", 429], ["late", "short"]):
+        server.requests, server.plan = [], list(plan)
+        assert data.open_retriever(server.url)(["a"], 1)[0][0]["title"] == "Rome" and len(server.requests) == len(plan) + 1
+
+
+def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(server):
+    server.plan = [503] * 9
+    with pytest.raises(DataError, match="no answer after 5 attempts.*503"):
+        data.open_retriever(server.url)(["a"], 1)
+    server.plan = [404]
+    with pytest.raises(DataError, match="refuses"):
+        data.open_retriever(server.url)(["a"], 1)
+    assert len(server.requests) == 6
+    with pytest.raises(DataError, match="no answer"):
+        data.open_retriever("http://127.0.0.1:9/retrieve")(["a"], 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"text": "fine"}\n{"text": ', r"c.jsonl:2: not JSON"),
+    ("[1, 2]\n", r"c.jsonl:1: a row must be a JSON object"),
+    ('{"body": "x"}\n', r"c.jsonl:1: no text.*\['body'\]"),
+    ("", "0 passages, a document needs 11"),
+    ('{"text": "fine"}\n' * 50, "1 passages, a document needs 11"),
+    ("".join(json.dumps({"text": f"nothing {'x' * n} here"}) + "\n" for n in range(50)), "no passage has an entity"),
+])  # fmt: skip
+def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(content, message, tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text(content)
+    arguments = ["build", "--corpus", tmp_path / "c.jsonl", "--out", tmp_path / "out", "--documents", 2, "--ner", "rules", "--related", 4, "--random", 6]
+    assert run(*arguments) == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:40])
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    (tmp_path / "one.json").write_text('{"text": 1}')
+    (tmp_path / "broken.json").write_text('[\n{"a":\n]')
+    (tmp_path / "book.epub").write_text("x")
+    for name, message in [("none.jsonl", "no such file"), ("cut.jsonl.gz", "can't be read"), ("bad.parquet", "can't be read as parquet"),
+                          ("latin.jsonl", "latin.jsonl:1: can't be read"), ("one.json", "list of rows is wanted"), ("broken.json", "broken.json:3: not JSON"),
+                          ("book.epub", "unknown kind of file")]:  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            list(data.read_rows(str(tmp_path / name)))
+    with pytest.raises(DataError, match="q.jsonl:1: a question needs a question and an answer"):
+        data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
+    with pytest.raises(DataError, match="q.jsonl:1: context must be"):
+        data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}]))
+    with pytest.raises(DataError, match="no documents here"):
+        data.load_documents(tmp_path, "train")
+
+
+def test_an_output_that_is_there_already_is_not_touched(corpus, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("mine")
+    for arguments in (["build", "--corpus", corpus, "--documents", 1], ["longqa", "--questions", corpus]):
+        assert run(*arguments, "--out", tmp_path / "out.jsonl") == 2
+        assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["build", "--corpus", "c", "--out", "o", "--documents", "0"], "0 is less than 1"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--relatd", "3"], "unrecognized arguments: --relatd"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--ner", "xx_none"], "spacy download xx_none"),
+    (["longqa", "--questions", "q", "--out", "o.csv"], "can be written"),
+    ([], "arguments are required"),
+])  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_status_2(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "data.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(rf"error: .*{message}.*\n", done.stderr) and not list(tmp_path.iterdir())
+
+
+def test_min_passages_that_no_answer_reaches_is_an_error(corpus, tmp_path):
+    assert run("build", "--corpus", corpus, "--out", tmp_path / "out", "--documents", 1, "--ner", "rules", "--random", 3, "--min_passages", 50) == 2
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- real data
+
+
+@real
+def test_real_articles_become_documents_of_the_papers_size(tmp_path):
+    assert not run("build", "--corpus", REAL / "wiki_articles_180.jsonl.gz", "--out", tmp_path / "docs", "--documents", 3, "--heldout", 0,
+                   "--ner", "rules", "--max_passages", 700, "--processes", 2)  # fmt: skip
+    for document in data.load_documents(tmp_path / "docs", "train"):
+        assert 20_000 < len(document["text"].split()) < 28_000  # words; 24k-40k tokens
+        assert not slow_pattern(document["answer"]).search(document["text"])
+        assert all(MASK not in document["text"][a:b] and "\n" not in document["text"][a:b] for a, b in document["entities"])
+
+
+@real
+@pytest.mark.parametrize("name, count", [("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700), ("musique_dev_even.jsonl.gz", 250),
+                                         ("popqa_even.jsonl.gz", 968), ("nq_dev_even.jsonl.gz", 1805)])  # fmt: skip
+def test_real_questions_load(name, count):
+    rows = data.load_questions(str(REAL / name))
+    assert len(rows) == count and len({row["id"] for row in rows}) == count
+    assert all(row["question"] and row["answers"] and all(isinstance(answer, str) for answer in row["answers"]) for row in rows)
+
+
+@real
+def test_bm25_finds_a_gold_paragraph_for_most_real_questions(tmp_path):
+    with gzip.open(REAL / "hotpotqa_dev_even.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    pool = {title: text for row in rows for title, text in row["context"]}
+    path = write_jsonl(tmp_path / "p.jsonl", [{"title": title, "text": text} for title, text in pool.items()])
+    found = data.open_retriever(path, cache=tmp_path)([row["question"] for row in rows], 3)
+    hit = [bool({title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits}) for row, hits in zip(rows, found)]
+    assert np.mean(hit) > 0.85

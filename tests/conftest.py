@@ -63,3 +63,24 @@ def tokenizer():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def pocket_model(tmp_path_factory):
+    """The pocket model without its warm start, as a checkpoint."""
+    import tiny
+
+    folder, model = tmp_path_factory.mktemp("pocket"), tiny.model()
+    model.config.memtrain_world = "tiny"
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone, as train.py makes it."""
+    import train
+
+    yield train.start_ranks()
+    torch.distributed.destroy_process_group()

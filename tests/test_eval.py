@@ -8,32 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 import data
 import eval as evaluation
-import tiny
 import train
 from rollout import TEMPLATES, Prompts
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def alone():
-    device = train.start_ranks()
-    yield device
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def pocket_model(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("pocket"), tiny.model()
-    model.config.memtrain_world = "tiny"
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 class Scripted:

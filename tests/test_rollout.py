@@ -2,8 +2,6 @@
 
 import doctest
 import random
-import statistics
-from collections import Counter
 
 import pytest
 import torch

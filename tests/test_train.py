@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import tiny_model
 
 import grpo
@@ -23,24 +22,6 @@ from rollout import Turn
 
 ROOT = Path(__file__).parent.parent
 FILES = ("data", "rollout", "rewards", "grpo", "tiny")
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """A process group of this process alone, as train.py makes it."""
-    device = train.start_ranks()
-    yield device
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def pocket_model(tmp_path_factory):
-    """The pocket model without its warm start, as a checkpoint."""
-    folder, model = tmp_path_factory.mktemp("pocket"), tiny.model()
-    model.config.memtrain_world = "tiny"
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 SIZES = ["--documents_per_step", "4", "--documents_per_update", "4", "--group", "4", "--recalls", "4", "--memory_tokens", "8",

@@ -194,7 +194,8 @@ def tidy(text):
 
 UPPER = "".join(c for c in map(chr, range(0x2000)) if c.isupper())  # Latin, Greek, Cyrillic ..: `re` has no class for it
 _STARTER = r"(?:The|An?|In|On|At|By|As|It|Its|He|His|She|Her|They|This|These|For|From|After|During|When|While|Although|However)\b"
-SENTENCE_END = rf"""\n|[.!?](?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs|No)\.)(?<!Mrs\.)(?<!\b[{UPPER}]\.)["'”’)\]]*\s+(?=["'“‘(\[]*[{UPPER}\d])"""
+_ABBREVIATION = rf"(?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs|No)\.)(?<!Mrs\.)(?<!\b[{UPPER}]\.)"  # a full stop that is none
+SENTENCE_END = rf"""\n|[.!?]{_ABBREVIATION}["'”’)\]]*\s+(?=["'“‘(\[]*[{UPPER}\d])"""
 
 
 def cut(text, words):
@@ -701,12 +702,12 @@ def pair_questions(rows, objectives):
     """
     sources = {}
     for row in rows:
-        sources.setdefault(row["source"], []).append(row)
+        sources.setdefault(row.get("source", ""), []).append(row)
     groups = (own[i : i + objectives] for own in sources.values() for i in range(0, len(own) - objectives + 1, objectives))
     return [
         {
             "id": "+".join(row["id"] for row in group),
-            "source": group[0]["source"],
+            "source": group[0].get("source", ""),
             "question": "; ".join(row["question"] for row in group),
             "answers": [row["answers"] for row in group],  # one list of golds per question
             "context": "",
@@ -947,7 +948,7 @@ def main(argv=None):
     p.add_argument("--ner", default="en_core_web_sm", help="spaCy pipeline, or rules: no download, coarser (en_core_web_sm)")
     p.add_argument("--encoder", default="bm25", help="what related means: bm25, or a transformers encoder (bm25)")
     p.add_argument("--passage_words", type=_at_least(1), default=160, help="words of a passage cut from an article (160)")
-    p.add_argument("--max_passages", type=_at_least(0), default=300_000, help="passages of the corpus, 0: all; some 8 kB each (300000)")
+    p.add_argument("--max_passages", type=_at_least(0), default=300_000, help="passages of the corpus, 0: all; some 5 kB of memory each (300000)")
     p.add_argument("--min_passages", type=_at_least(1), default=1, help="passages that hold the answer, the pivot included (1)")
     p.add_argument("--processes", type=_at_least(1), default=os.cpu_count(), help="processes that look for entities (all cores)")
     p.add_argument("--seed", type=int, default=0)

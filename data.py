@@ -32,7 +32,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 import time

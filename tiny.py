@@ -2,19 +2,19 @@
 
     python tiny.py          one masked document, its chunks, and the oracle's way through it (seconds)
 
-The world. Every fact is four words: `Oslo sells wool .` would be one. 25 made-up cities have 4 attributes of 5 values each, arranged
-in orthogonal Latin squares: one clue leaves five candidates, any two clues leave one. These facts never change; they are the
-encyclopedia, which the warm start puts into the model. What people like, own, play and visit is drawn anew for every document, so
-that nothing but memory can answer for it. A masked document hides one city, with a few clues in different chunks, among facts about
+The world. Every fact is three words: `Alda sells wool`. 25 made-up cities have 4 attributes of 5 values each, arranged in
+orthogonal Latin squares: one clue leaves five candidates, any two clues leave one. These facts never change; they are the
+encyclopedia, which the warm start puts into the model. What people like, own, play or wear is drawn anew for every document, so
+that nothing but memory can answer for it. A masked document hides one city, with two clues in different chunks, among facts about
 people and other cities: what the mask stands for must be inferred from what was kept of several chunks and what the model knows.
 
 The oracle stands in the sampler's place in rollout(): it reads a prompt and writes the response that a model with faithful copying
-and a mediocre sense of relevance would write. Fine-tuning on the turns that it leaves behind is the warm start.
+and a mediocre sense of relevance would write. Fine-tuning on the turns that it leaves behind is the warm start (WARM_START).
 
 How it differs from real data:
-1. Every word is one token, every fact four; chunks of a multiple of four tokens never cut a fact (anything else works, and cuts some).
-2. Passages are two facts; related passages are facts about other cities that share clues with the masked one.
-3. Entities are known, not recognised: names, cities and things, each with its exact span.
+1. Every word is one token, every fact three; chunks of a multiple of three tokens never cut a fact (others work, and cut some).
+2. A passage is two facts, a line each. Facts about other cities stand in for related passages, people's habits for random ones.
+3. Entities are known, not recognised: the names of people and cities, each with its exact span.
 4. Prompts are a few words long, since the model has never read anything else.
 """
 import random
@@ -23,8 +23,8 @@ import re
 import torch
 
 MASK, TARGET = "[MASK]", "[TARGET]"
-FACT = 4  # tokens of a fact: subject, verb, object, full stop
-FACTS_PER_CHUNK = 4  # documents(chunks=n) holds n times as many facts
+FACT = 3  # tokens of a fact: subject, verb, object
+FACTS_PER_CHUNK = 2  # documents(chunks=n) holds n times as many facts
 
 CITIES = ("Alda Brin Cora Dorn Elva Farn Gora Hest Irra Jund Kolm Lira Morn Nava Orsk Pell Quen Rhun Sarn Tarn Ulma Varn Welm "
           "Yarn Zell").split()
@@ -34,35 +34,42 @@ CLUES = {  # verb: the values of a city's attribute
     "honours": "bear wolf stag swan hawk".split(),
     "faces": "river sea marsh hills desert".split(),
 }
-PEOPLE = ("Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Quin Rosa Sam Tess Uma Vera Will Xena Yan Zoe "
-          "Beth Carl Dora Emil Faye Glen Hope Ines Jack Kurt Lola Mike Nina Otto").split()
+PEOPLE = ("Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Rosa Sam Tess Uma Vera Will Xena Zoe").split()
 HABITS = {  # verb: what a person may do with, drawn anew for every document
-    "likes": "tea figs rice plums bread honey cheese soup olives beans corn dates pears eggs mints cakes".split(),
-    "owns": "cat dog horse goat parrot snake rabbit turtle pony lizard hamster falcon mule otter ferret canary".split(),
-    "plays": "harp flute drums chess cello golf tennis piano darts cards viola bugle rugby dice lute polo".split(),
-    "wears": "hat scarf cloak boots gloves ring cape belt apron sandals crown mask vest robe kilt shawl".split(),
+    "likes": "tea figs rice honey cheese soup olives bread".split(),
+    "owns": "cat dog horse goat parrot snake rabbit turtle".split(),
+    "plays": "harp flute drums chess cello golf tennis piano".split(),
+    "wears": "hat scarf cloak boots gloves ring belt sandals".split(),
+    "collects": "coins stamps shells maps dolls keys clocks bells".split(),
+    "studies": "law physics music botany optics logic history poetry".split(),
+    "drives": "van tram truck taxi bus sled tractor wagon".split(),
+    "paints": "boats barns roses clouds bridges towers fruit fields".split(),
 }
 # Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: two clues meet in exactly one city.
 ENCYCLOPEDIA = {city: {verb: CLUES[verb][value] for verb, value in zip(CLUES, (i // 5, i % 5, (i // 5 + i % 5) % 5, (i // 5 + 2 * (i % 5)) % 5))}
                 for i, city in enumerate(CITIES)}
+
+SUBJECTS = {*CITIES, *PEOPLE, MASK, TARGET}
+THINGS = {*sum(CLUES.values(), []), *sum(HABITS.values(), []), TARGET}
 
 PROBLEM = f"{MASK} is which city ?"  # the end-to-end question; a person's goes `Ada likes what ?`
 TEMPLATES = {
     "update": "update <problem> {problem} </problem> <memory> {memory} </memory> <section> {section} </section>",
     "answer": "answer <memory> {memory} </memory> <problem> {problem} </problem>",
     "recall": "recall <memory> {memory} </memory> <section> {section} </section>",
-    # `previous`: the last turn's <think>..</think> <search>..</search> and its results in <information>..</information>
+    "whole": "answer <section> {section} </section> <problem> {problem} </problem>",
+    "closed_book": "answer <problem> {problem} </problem>",
     "search": "find <problem> {problem} </problem> {previous} {turns} turns left",
 }
 
 TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
-CONFIG = dict(steps=60, documents_per_step=8, documents_per_update=8, recall_draw="document", chunk_tokens=16, memory_tokens=36, answer_tokens=6,
-              lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
-CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence")}
-WARM_START = dict(lr=2e-3, documents=24, weights=dict(update=1.0, answer=0.5, recall=0.5), stages=[
-    dict(steps=150, chunks=1, sizes=dict(chunk_tokens=8, memory_tokens=20), oracle=dict(keep=0.95)),
-    dict(steps=150, chunks=2, sizes={}, oracle=dict(keep=0.9)),
-    dict(steps=300, chunks=3, sizes={}, oracle=dict(keep=0.5)),
+CONFIG = dict(steps=60, documents_per_step=8, documents_per_update=8, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
+              answer_tokens=6, lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
+CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence"), "searchqa": dict(aggregate="sequence", answer_tokens=24)}
+# Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying is learned in 60 % of AdamW's steps
+WARM_START = dict(lr=5e-3, lr_rest=3e-3, questions=1 / 3, weights=dict(update=1.0, answer=1.0, recall=0.5), stages=[
+    dict(steps=150, documents=12, chunks=2, sizes={}, oracle=dict(keep=0.9)),
+    dict(steps=600, documents=24, chunks=4, sizes={}, oracle=dict(keep=0.7)),
 ])
 
 
@@ -75,8 +82,8 @@ CHAT = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ mess
 
 def words():
     """The vocabulary, in the order of ids: structure, tags, then every word that the world or a template uses."""
-    text = " ".join([PROBLEM, *TEMPLATES.values(), "No previous memory user assistant system what which turns left", TARGET,
-                     "; , . ? : | 0 1 2 3 4 5 6 7 8 9"])
+    text = " ".join([PROBLEM, *TEMPLATES.values(), "No previous memory user assistant system what which turns left Passage title nothing found", TARGET,
+                     "; , . ? : ( ) | 0 1 2 3 4 5 6 7 8 9"])
     facts = [*CITIES, *CLUES, *sum(CLUES.values(), []), *PEOPLE, *HABITS, *sum(HABITS.values(), [])]
     return list(dict.fromkeys([*STRUCTURE, *TAGS, "\\boxed{", "}", *re.sub(r"\{\w+\}", " ", text).split(), *facts]))
 
@@ -100,7 +107,7 @@ def model(seed=0):
     eos, pad = words().index("<|im_end|>"), words().index("<pad>")
     config = Qwen3Config(vocab_size=len(words()), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
                          head_dim=32, intermediate_size=256, max_position_embeddings=4096, tie_word_embeddings=True,
-                         initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+                         initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
                          eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -109,16 +116,13 @@ def model(seed=0):
 
 # ---------------------------------------------------------------- documents and questions
 def _facts(rng, count, city):
-    """`count` facts [subject, verb, object] for one document: people's habits, and what the encyclopedia says of cities but `city`.
+    """`count` facts [subject, verb, object] for one document: people's habits, and a fifth about cities other than `city`.
 
-    Nobody has two objects for a verb, and an object serves one person until all have served: within a document of the usual length
-    every fact is determined by any two of its words."""
-    cast = rng.sample(PEOPLE, min(len(PEOPLE), max(2, count // 2)))
-    habits = []
-    for verb, things in HABITS.items():
-        deck = rng.sample(things, len(things))
-        habits += [[person, verb, deck[i % len(deck)]] for i, person in enumerate(rng.sample(cast, len(cast)))]
-    rng.shuffle(habits)
+    Nobody has two objects for a verb, and no two people share one until all have served: in a document of the usual length
+    verb and object tell whom a fact is about. Very long documents run out of facts and say some twice."""
+    decks = {verb: rng.sample(things, len(things)) for verb, things in HABITS.items()}
+    pairs = rng.sample([(person, verb) for person in PEOPLE for verb in HABITS], len(PEOPLE) * len(HABITS))
+    habits = [[person, verb, decks[verb].pop() if decks[verb] else rng.choice(HABITS[verb])] for person, verb in pairs]
     known = [[other, verb, thing] for other in CITIES for verb, thing in ENCYCLOPEDIA[other].items() if other != city]
     rng.shuffle(known)
     share = count // 5  # about a fifth is about other cities
@@ -128,7 +132,7 @@ def _facts(rng, count, city):
 
 
 def _write(facts, answer=None):
-    """Text of the facts, two a passage, a passage a line; the answer masked. Returns (text, spans of its other names and things)."""
+    """Text of the facts, a line each, two a passage; the answer masked. -> (text, spans of its other names)"""
     text, spans = "", []
     for i, fact in enumerate(facts):
         for word in fact:
@@ -136,11 +140,11 @@ def _write(facts, answer=None):
             if word in PEOPLE or word in CITIES:
                 spans.append([len(text), len(text) + len(word)])
             text += word + " "
-        text = text[:-1] + (".\n" if i % 2 else ". ")
+        text = text[:-1] + ("\n\n" if i % 2 else "\n")
     return text.strip(), spans
 
 
-def documents(count, seed, chunks=3, clues=2):
+def documents(count, seed, chunks=4, clues=2):
     """Masked documents as data.py makes them: {"id", "text", "answer", "entities": [[start, end], ..]}.
 
     Document i depends on (seed, i, chunks) alone. Clues stand in different chunks where there are enough."""
@@ -162,7 +166,7 @@ def documents(count, seed, chunks=3, clues=2):
     return rows
 
 
-def questions(count, seed, chunks=3):
+def questions(count, seed, chunks=4):
     """Long-text questions about what only the document tells: {"id", "question", "answers", "context"}."""
     rows = []
     for i in range(count):
@@ -174,19 +178,19 @@ def questions(count, seed, chunks=3):
 
 
 def passages(seed):
-    """A corpus for search: what four habits every person has, [{"id", "title", "text"}], a passage a person."""
+    """A corpus for search: what habits every person has, [{"id", "title", "text"}], a passage a person."""
     rng = random.Random(f"passages {seed}")
     decks = {verb: rng.sample(things, len(things)) for verb, things in HABITS.items()}
     rows = []
     for i, person in enumerate(PEOPLE):
         habits = [[person, verb, deck[i % len(deck)]] for verb, deck in decks.items()]
-        rows.append({"id": str(i), "title": person, "text": _write(rng.sample(habits, len(habits)))[0].replace("\n", " ")})
+        rows.append({"id": str(i), "title": person, "text": _write(rng.sample(habits, len(habits)))[0]})
     return rows
 
 
 def search_questions(count, seed):
     """Questions whose answers stand in passages(seed), to be asked two at a time: {"id", "question", "answers", "context": ""}."""
-    facts = [fact for row in passages(seed) for fact in _read(re.findall(r"\w+|\.", row["text"]))]
+    facts = [fact for row in passages(seed) for fact in _read(row["text"].split())]
     rows = []
     for i in range(count):
         person, verb, thing = random.Random(f"search {seed} {i}").choice(facts)
@@ -211,8 +215,8 @@ def _read(text):
     """The whole facts [subject, verb, object] of a list of words, in order, each once."""
     facts = []
     for i in range(len(text) - FACT + 1):
-        s, v, o, stop = text[i:i + FACT]
-        if stop == "." and (v in CLUES or v in HABITS) and [s, v, o] not in facts:
+        s, v, o = text[i:i + FACT]
+        if s in SUBJECTS and o in THINGS and [s, v, o] not in facts:
             facts.append([s, v, o])
     return facts
 
@@ -227,7 +231,7 @@ def _update(problem, memory, section, room, rng, keep, favour):
     kept = [i for i, o in enumerate(odds) if rng.random() < o / (1 + o)]
     while len(kept) > room:
         kept.remove(rng.choices(kept, [1 / favour if about[i] else 1 for i in kept])[0])
-    return [word for i in kept for word in (*facts[i], ".")]
+    return [word for i in kept for word in facts[i]]
 
 
 def _answer(problem, memory, rng):
@@ -262,17 +266,18 @@ def _search(text, problem, rng, keep):
     found = {(s, v): o for s, v, o in known}
     open_ = [pair for pair in asked if tuple(pair) not in found]
     turns = int(text[text.index("turns") - 1])
-    summary = ["<think>", *(word for fact in known for word in (*fact, ".")), "</think>"]
+    summary = ["<think>", *(word for fact in known for word in fact), "</think>"]
     if open_ and turns > 1:
         return [*summary, "<search>", *open_[0], "</search>"]
     answers = [found.get((s, v)) or rng.choice(HABITS[v]) for s, v in asked]
     return [*summary, "<answer>", *" ; ".join(answers).split(), "</answer>"]
 
 
-def oracle(prompts, limits, keys, keep=0.5, favour=1.5, seed=0):
+def oracle(prompts, limits, keys, keep=0.7, favour=1.5, seed=0):
     """A sampler for rollout(): lists of token ids in, lists of token ids out, each ending in <|im_end|>.
 
-    It sees nothing but the prompt. `keep` is the share of facts that it carries over; deterministic in keys and seed."""
+    It sees nothing but the prompt. `keep` is the share of facts that a turn carries over, by odds `favour` times better for
+    those about what the problem names; deterministic in prompt, keys and seed."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {seed} {tuple(key)} {list(prompt)}")

@@ -271,10 +271,9 @@ def load_material(cfg, pocket):
         from datasets import concatenate_datasets
 
         return Material(*(concatenate_datasets([data.load_documents(path, split) for path in cfg.data]) for split in ("train", "heldout")))
-    if cfg.task == "longqa":
-        return Material([row for path in cfg.data for row in data.load_questions(path)], [])
-    search = open_search(cfg, cfg.retriever)
-    return Material([row for path in cfg.data for row in data.load_questions(path, cfg.objectives)], [], search, search)
+    search = open_search(cfg, cfg.retriever) if cfg.task == "searchqa" else None
+    parts = [data.load_questions(path, cfg.objectives if search else None) for path in cfg.data]
+    return Material(parts[0] if len(parts) == 1 else [row for part in parts for row in part], [], search, search)
 
 
 def pocket_material(cfg):
@@ -304,8 +303,10 @@ def open_search(cfg, source):
 
 def check_budget(cfg, prompts, material, problem, lm):
     """Nothing may outgrow the model's context; the numbers are known before the run."""
-    problems = [problem] if cfg.task == "memtrain" else [row["question"] for part in material[:2] for row in part]
-    problem = max(map(prompts.encode, problems), key=len)
+    rows = material.rows
+    if cfg.task != "memtrain":  # a data set on disk gives a column without reading the documents beside it
+        problem = max(rows["question"] if hasattr(rows, "column_names") else [row["question"] for row in rows], key=len)
+    problem = prompts.encode(problem)
     if cfg.task == "searchqa":
         longest = prompts.longest_search(problem, cfg.answer_tokens, cfg.result_tokens)
     else:
@@ -321,9 +322,13 @@ def rows_of_step(cfg, rows, step):
     mine = {}
     for slot in range(dist.get_rank(), cfg.documents_per_step, dist.get_world_size()):
         epoch, place = divmod(step * cfg.documents_per_step + slot, len(rows))
-        order = random.Random(f"order {cfg.seed} {epoch}").sample(range(len(rows)), len(rows))
-        mine[slot] = rows[order[place]]
+        mine[slot] = rows[order_of_epoch(cfg.seed, epoch, len(rows))[place]]
     return mine
+
+
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(seed, epoch, count):
+    return random.Random(f"order {seed} {epoch}").sample(range(count), count)
 
 
 def head_and_tail(chunks, most):
@@ -823,6 +828,7 @@ PROXY = {"trajectory": "E2E", "recall": "recall"}  # what a look at held-out row
 
 
 def held_out_line(result):
+    """What a look found, in words."""
     return " | ".join(f"{PROXY[kind]} EM {mean:.3f} [{low:.3f}, {high:.3f}] n={n}" for kind, (mean, low, high, n) in result.items())
 
 

@@ -16,12 +16,12 @@ def tok():
 
 
 def words_of(text):
-    return re.findall(r"\[\w+\]|\w+|\.", text)
+    return re.findall(r"\[\w+\]|\w+", text)
 
 
 def facts_of(text):
     words = words_of(text)
-    return [tuple(words[i:i + 3]) for i in range(0, len(words), 4)]
+    return [tuple(words[i:i + 3]) for i in range(0, len(words), 3)]
 
 
 def prompt(tok, name, **fields):
@@ -29,7 +29,7 @@ def prompt(tok, name, **fields):
     return tok(tok.apply_chat_template(message, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
 
 
-def ask(tok, name, limit=36, key=(0, 0, 0), oracle=None, **fields):
+def ask(tok, name, limit=99, key=(0, 0, 0), oracle=None, **fields):
     (response,) = tiny.oracle([prompt(tok, name, **fields)], [limit], [key], **(oracle or {}))
     assert response[-1] == tok.eos_token_id and len(response) <= limit
     return tok.decode(response[:-1])
@@ -51,7 +51,7 @@ def test_tags_and_boxes_are_single_ordinary_tokens(tok):
 
 
 def test_every_template_is_made_of_known_words_only(tok):
-    fields = dict(problem=tiny.PROBLEM, memory="No previous memory", section="Ada likes tea.", previous="", turns=5)
+    fields = dict(problem=tiny.PROBLEM, memory="No previous memory", section="Ada likes tea", previous="", turns=5)
     for name in tiny.TEMPLATES:
         assert tok.unk_token_id not in prompt(tok, name, **fields), name
 
@@ -106,8 +106,8 @@ def test_nobody_contradicts_himself_and_facts_of_a_short_document_are_unique():
     for row in [*tiny.questions(30, 2), *tiny.questions(3, 2, 96)]:
         facts = facts_of(row["context"])
         assert all(len({o for s2, v2, o in facts if (s2, v2) == (s, v)}) == 1 for s, v, _ in facts)
-        if len(facts) == 12:
-            assert len(set(facts)) == 12
+        if len(facts) == 8:
+            assert len(set(facts)) == 8
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
@@ -141,23 +141,23 @@ def test_the_oracle_answers_rightly_from_full_memories(tok):
 
 def test_the_oracle_keeps_only_what_it_reads_and_as_much_as_it_is_told_to(tok):
     kept = {keep: 0 for keep in (0.2, 0.6, 1.0)}
-    for i, row in enumerate(tiny.documents(60, 9, 2)):
-        facts = row["text"].split("\n")
-        memory, section = " ".join(facts[:2]), " ".join(facts[2:])
+    for i, row in enumerate(tiny.documents(60, 9, 4)):
+        facts = row["text"].splitlines()
+        memory, section = " ".join(facts[:4]), " ".join(facts[4:])
         for keep in kept:
             written = facts_of(ask(tok, "update", key=(i,), oracle={"keep": keep}, problem=tiny.PROBLEM, memory=memory, section=section))
             order = [facts_of(memory + " " + section).index(fact) for fact in written]
             assert order == sorted(set(order))
             kept[keep] += len(written)
     assert kept[0.2] < kept[0.6] < kept[1.0] == 60 * 8
-    short = ask(tok, "update", limit=14, oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory=memory, section=section)
+    short = ask(tok, "update", limit=11, oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory=memory, section=section)
     assert len(facts_of(short)) == 3  # whole facts only: three and the end token
 
 
 def test_the_oracle_favours_what_the_question_names(tok):
-    rows, survived = tiny.questions(400, 10, 2), {True: [], False: []}
+    rows, survived = tiny.questions(400, 10, 4), {True: [], False: []}
     for i, row in enumerate(rows):
-        written = facts_of(ask(tok, "update", key=(i,), oracle={"favour": 3.0}, problem=row["question"], memory="", section=row["context"]))
+        written = facts_of(ask(tok, "update", key=(i,), oracle={"keep": 0.5, "favour": 3.0}, problem=row["question"], memory="", section=row["context"]))
         for fact in facts_of(row["context"]):
             survived[fact[0] in row["question"]].append(fact in written)
     share = {about: sum(s) / len(s) for about, s in survived.items()}
@@ -177,10 +177,10 @@ def test_the_oracle_is_a_function_of_prompt_key_and_seed(tok):
 def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(tok):
     problem, sure = "Ada likes what ? ; Ben owns what ?", {"keep": 1.0}
     assert ask(tok, "search", problem=problem, previous="", turns=6, oracle=sure) == "<think> </think> <search> Ada likes </search>"
-    found = "<think> </think> <search> Ada likes </search> <information> Ada owns cat. Ada likes tea. </information>"
+    found = "<think> </think> <search> Ada likes </search> <information> Ada owns cat Ada likes tea </information>"
     first = ask(tok, "search", problem=problem, previous=found, turns=5, oracle=sure)
-    assert first == "<think> Ada owns cat . Ada likes tea . </think> <search> Ben owns </search>"
-    found = first + " <information> Ben owns dog. Cleo owns goat. </information>"
+    assert first == "<think> Ada owns cat Ada likes tea </think> <search> Ben owns </search>"
+    found = first + " <information> Ben owns dog Cleo owns goat </information>"
     last = ask(tok, "search", problem=problem, previous=found, turns=4, oracle=sure)
     assert last.endswith("</think> <answer> tea ; dog </answer>") and "Cleo" not in last
     assert "<answer>" in ask(tok, "search", problem=problem, previous="", turns=1, oracle=sure)

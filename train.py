@@ -612,8 +612,7 @@ def demonstrations(prompts, stage, documents, questions, seed):
     kit = Kit(Config(**tiny.CONFIG | stage["sizes"]), prompts, tiny.PROBLEM, functools.partial(tiny.oracle, **stage["oracle"]))
     documents = {i: tiny.documents(1, f"warm {seed} {i}", stage["chunks"])[0] for i in documents}
     questions = {i: tiny.questions(1, f"warm {seed} {i}", stage["chunks"])[0] for i in questions}
-    groups = read_and_recall(kit, documents, group=1, recalls=1, salt=f"warm {seed}")
-    groups += read_documents(kit, questions, group=1)
+    groups = read_and_recall(kit, documents, group=1, recalls=2, salt=f"warm {seed}") + read_documents(kit, questions, group=1)
     turns = []
     for group in groups:
         for agent in group.agents:
@@ -622,38 +621,42 @@ def demonstrations(prompts, stage, documents, questions, seed):
     return turns
 
 
-def warm_start(cfg):
+def warm_start(seed):
     """The pocket model, taught the form of the task by demonstrations: rollout() with tiny's oracle in the sampler's place,
     then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings. -> its folder"""
-    seed = cfg.seed
-    settings = json.dumps([tiny.WARM_START, seed, Path(tiny.__file__).read_text()])
+    recipe, rank, world = tiny.WARM_START, dist.get_rank(), dist.get_world_size()
+    settings = json.dumps([seed, Path(tiny.__file__).read_text()])
     folder = Path("cache", "warm-start-" + hashlib.sha256(settings.encode()).hexdigest()[:12])
     if all(everyone(folder.exists())):
         return str(folder)
-    tokenizer, lm, recipe = tiny.tokenizer(), tiny.model(seed), tiny.WARM_START
+    tokenizer, lm = tiny.tokenizer(), tiny.model(seed)
     lm.config.memtrain_world = "tiny"
-    prompts, policy, rank, world = Prompts(tokenizer, tiny.TEMPLATES), grpo.Policy(lm), dist.get_rank(), dist.get_world_size()
+    prompts, policy = Prompts(tokenizer, tiny.TEMPLATES), grpo.Policy(lm)
+    matrices = [p for name, p in policy.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in policy.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=recipe["lr_rest"], betas=(0.9, 0.98), weight_decay=0.01)]  # fmt: skip
     stages = [stage for stage in recipe["stages"] for _ in range(stage["steps"])]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.98))
+    number = 0  # documents and questions so far
     for step, stage in enumerate(tqdm(stages, desc="warm start", disable=rank > 0)):
-        left = 1 - step / len(stages)
-        for part in optimizer.param_groups:
-            part["lr"] = recipe["lr"] * min(1, (step + 1) / 30, max(left / 0.4, 0.1))
-        first, half = step * recipe["documents"], recipe["documents"] // 2
-        turns = demonstrations(prompts, stage, range(first + rank, first + half, world), range(first + half + rank, first + 2 * half, world), seed)
+        scale = min(1, (step + 1) / 30, max((1 - step / len(stages)) / 0.4, 0.1))
+        for optimizer, lr in zip(optimizers, (recipe["lr"], recipe["lr_rest"])):
+            optimizer.param_groups[0]["lr"] = lr * scale
+        first_question, end = number + round(stage["documents"] * (1 - recipe["questions"])), number + stage["documents"]
+        turns = demonstrations(prompts, stage, range(number + rank, first_question, world), range(first_question + rank, end, world), seed)
+        number = end
         counts = Counter()
-        for rank_turns in everyone([(kind, len(turn.response_ids)) for kind, turn in turns]):
-            for kind, tokens in rank_turns:
-                counts[kind] += tokens
+        for kind, tokens in (pair for pairs in everyone([(kind, len(turn.response_ids)) for kind, turn in turns]) for pair in pairs):
+            counts[kind] += tokens
         logps = policy([turn.prompt_ids for _, turn in turns], [turn.response_ids for _, turn in turns])
-        loss = sum(-recipe["weights"][kind] / counts[kind] * values.sum() for (kind, _), values in zip(turns, logps))
-        loss.backward()
+        sum(-recipe["weights"][kind] / counts[kind] * values.sum() for (kind, _), values in zip(turns, logps)).backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
         dist.all_reduce(gradient)
         torch.nn.utils.vector_to_parameters(gradient, [parameter.grad for parameter in policy.parameters()])
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     if rank == 0:
         partial = folder.with_suffix(".partial")
         lm.save_pretrained(partial)
@@ -729,7 +732,7 @@ def train(cfg, device):
 
     # model, tokenizer, data, sampler
     start_from = checkpoint_to_resume(cfg)
-    model_path = warm_start(cfg) if cfg.model == "tiny" else cfg.model
+    model_path = warm_start(cfg.seed) if cfg.model == "tiny" else cfg.model
     lm, tokenizer = load_model(model_path)
     pocket = is_tiny(model_path)
     prompts, problem = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order), tiny.PROBLEM if pocket else PROBLEM

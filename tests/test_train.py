@@ -240,7 +240,7 @@ def test_the_script_runs_end_to_end_and_leaves_a_checkpoint_for_transformers(poc
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and "heldout" in lines[0] and "heldout" in lines[2]
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
-    assert len(sample["turns"]) == 4 and len(sample["rewards"]) == 4
+    assert len(sample["turns"]) == tiny.CONFIG["chunks"] + 1 and len(sample["rewards"]) == 4
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["kv_tokens"] > 0 and config["steps"] == 2
     folder = tmp_path / "run" / "step-000002"

@@ -354,10 +354,13 @@ def rollout(agents, sampler, search=None):
 
 
 def _mix(x):
-    """A 32-bit integer hash (two rounds of multiply and xor-shift), held in int64 as torch has no unsigned arithmetic."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    """A 32-bit integer hash (two rounds of multiply and xor-shift), in place. int32 wraps around, so that its bits are those
+    of unsigned arithmetic, once the copies of the sign that `>>` shifts in are cut off."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x ^= (x >> shift).bitwise_and_(2 ** (32 - shift) - 1)
+        x *= factor
+    x ^= (x >> 16).bitwise_and_(2**16 - 1)
+    return x
 
 
 def gumbel_noise(keys, position, vocabulary):
@@ -365,10 +368,12 @@ def gumbel_noise(keys, position, vocabulary):
 
     argmax(logits + noise) is a sample of softmax(logits) (the Gumbel-max trick).
     """
-    row = _mix(keys[:, 0] ^ _mix(keys[:, 1] + position * 0x9E3779B9 & 0xFFFFFFFF))[:, None]
-    bits = _mix(_mix(torch.arange(vocabulary, device=keys.device) ^ row) ^ keys[:, 1:])
-    uniform = ((bits >> 9).float() + 0.5) / 2**23  # 23 bits and a half: neither 0 nor 1 is ever reached in fp32
-    return -torch.log(-torch.log1p(-uniform))
+    keys = keys.to(torch.int32)
+    salt = (position * 0x9E3779B9 + 2**31) % 2**32 - 2**31
+    row = _mix(keys[:, 0] ^ _mix(keys[:, 1] + salt))[:, None]
+    bits = _mix(_mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device) ^ row).bitwise_xor_(keys[:, 1:]))
+    uniform = (bits >> 9).bitwise_and_(2**23 - 1).float().add_(0.5).div_(2**23)  # neither 0 nor 1 is ever reached in fp32
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _row_keys(keys, *salt):

@@ -29,6 +29,7 @@ TAGS = ("problem", "memory", "section", "think", "search", "answer", "informatio
 FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
+CACHE_ROOM = 64  # columns by which a full cache grows
 
 PROBLEM = (
     "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, which entity does "
@@ -429,6 +430,38 @@ def _common_prefix(a, b):
     return low
 
 
+def _growing_cache(config):
+    """transformers' cache for full attention, with room for what is to come: new keys and values are written into it, where
+    concatenation would copy the whole cache at every token."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        room = {}  # "keys", "values" -> (buffer, the part of it in use, as last seen)
+
+        def update(self, keys, values, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.keys, self.values, self.room = keys, values, {}
+                return keys, values
+            self.keys, self.values = self._append("keys", keys), self._append("values", values)
+            return self.keys, self.values
+
+        def _append(self, name, new):
+            old, (buffer, seen) = getattr(self, name), self.room.get(name, (None, None))
+            start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
+            if old is not seen or end > buffer.shape[-2]:  # rows were selected since, or it is full
+                buffer = old.new_empty(*old.shape[:-2], end + CACHE_ROOM, old.shape[-1])
+                buffer[..., :start, :] = old
+            buffer[..., start:end, :] = new
+            self.room[name] = buffer, buffer[..., :end, :]
+            return self.room[name][1]
+
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
 class Sampler:
     """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> list of response id lists.
 
@@ -492,8 +525,6 @@ class Sampler:
 
     def _prefill(self, batch, prompts):
         """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N), cache of the prefixes."""
-        from transformers import DynamicCache
-
         device = self.model.device
         prefixes = [prompts[rows[0]][:length] for length, rows in batch]
         rows = [(i, group) for group, (_, members) in enumerate(batch) for i in members]
@@ -501,9 +532,8 @@ class Sampler:
         left, left_mask = _pad_left(prefixes, self.pad_id, device)
         right, right_mask = _pad_left(rests, self.pad_id, device)
         group = torch.tensor([group for _, group in rows], device=device)
-        cache = None
+        cache = _growing_cache(self.model.config) if self.share else None
         if left.shape[1]:
-            cache = DynamicCache(config=self.model.config)
             positions = (left_mask.cumsum(-1) - 1).clamp(min=0)
             self.model(left, attention_mask=left_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
             cache.batch_select_indices(group)

@@ -139,7 +139,9 @@ def parse(argv=None):
         parser.add_argument(f"--{item.name}", help=(help_text[item.name] + default).replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     task, model = given.get("task", Config.task), given.get("model", Config.model)
-    pocket = tiny.CONFIG | tiny.CONFIG_OF_TASK.get(task, {}) if is_tiny(model) else {}
+    pocket = {}
+    if is_tiny(model):
+        pocket = {"processes": min(4, os.cpu_count() or 1)} | tiny.CONFIG | tiny.CONFIG_OF_TASK.get(task, {})
     cfg = Config(**(POST_TRAINING.get(task, {}) | pocket | given))
     cfg.out = cfg.out or f"runs/{cfg.task}"
     if cfg.group < 2:

@@ -194,7 +194,9 @@ def is_tiny(model):
 def load_model(path, dtype=torch.float32):
     """-> (causal language model on the CPU, tokenizer). fp32 weights are the master copy that is trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # there is one bar, ours
     path = checkpoint_path(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
@@ -728,10 +730,6 @@ def log_line(cfg, m):
 
 def train(cfg, device):
     """The whole run: a loop that reads top to bottom."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # there is one bar, ours
-
     # model, tokenizer, data, sampler
     start_from = checkpoint_to_resume(cfg)
     model_path = warm_start(cfg.seed) if cfg.model == "tiny" else cfg.model

@@ -63,7 +63,7 @@ TEMPLATES = {
 }
 
 TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
-CONFIG = dict(steps=60, documents_per_step=8, documents_per_update=8, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
+CONFIG = dict(steps=80, documents_per_step=8, documents_per_update=8, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
               answer_tokens=6, lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
 CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence"), "searchqa": dict(aggregate="sequence", answer_tokens=24)}
 # Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying is learned in 60 % of AdamW's steps

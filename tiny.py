@@ -66,7 +66,7 @@ TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, 
 CONFIG = dict(steps=80, documents_per_step=8, documents_per_update=8, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
               answer_tokens=6, lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
 CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence"), "searchqa": dict(aggregate="sequence", answer_tokens=24)}
-# Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying is learned in 60 % of AdamW's steps
+# Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying takes about two thirds of AdamW's steps
 WARM_START = dict(lr=5e-3, lr_rest=3e-3, questions=1 / 3, weights=dict(update=1.0, answer=1.0, recall=0.5), stages=[
     dict(steps=150, documents=12, chunks=2, sizes={}, oracle=dict(keep=0.9)),
     dict(steps=600, documents=24, chunks=4, sizes={}, oracle=dict(keep=0.7)),
@@ -247,13 +247,13 @@ def _answer(problem, memory, rng):
 
 def _recall(memory, section, rng):
     """The hidden entity: from a fact of the memory that agrees in the other two words, else from the encyclopedia, else a guess."""
-    known = _read(memory) + [[city, v, o] for city in CITIES for v, o in ENCYCLOPEDIA[city].items()]
+    encyclopedia = [[city, v, o] for city in CITIES for v, o in ENCYCLOPEDIA[city].items()]
     hidden = [fact for fact in _read(section) if TARGET in fact]
-    for fact in hidden:
-        slot = fact.index(TARGET)
-        found = [other[slot] for other in known if other[1] == fact[1] and other[2 - slot] == fact[2 - slot]]
-        if found:
-            return found[0]
+    for known in (_read(memory), encyclopedia):
+        for fact in hidden:
+            slot = fact.index(TARGET)
+            if found := [other[slot] for other in known if other[1] == fact[1] and other[2 - slot] == fact[2 - slot]]:
+                return rng.choice(found)
     s, v, o = hidden[0] if hidden else ("", "", TARGET)
     return rng.choice(PEOPLE if s == TARGET and v in HABITS else CITIES if s == TARGET else HABITS.get(v) or CLUES.get(v) or CITIES)
 
@@ -287,8 +287,8 @@ def oracle(prompts, limits, keys, keep=0.7, favour=1.5, seed=0):
             response = _search(text, problem, rng, keep)
         elif problem is None:
             response = ["\\boxed{", _recall(memory, section, rng), "}"]
-        elif section is None:
-            response = ["\\boxed{", _answer(problem, memory, rng), "}"]
+        elif memory is None or section is None:  # the answer's turn, or a baseline with the whole text or none at all
+            response = ["\\boxed{", _answer(problem, memory or section or [], rng), "}"]
         else:
             response = _update(problem, memory, section, (limit - 1) // FACT, rng, keep, favour)
         responses.append([_ID[word] for word in response][:limit - 1] + [_ID["<|im_end|>"]])

@@ -139,6 +139,13 @@ def test_the_oracle_answers_rightly_from_full_memories(tok):
         assert ask(tok, "answer", problem=row["question"], memory=row["context"]) == f"\\boxed{{ {row['answers'][0]} }}"
 
 
+def test_the_oracle_reads_whole_texts_and_guesses_without_any(tok):
+    row = tiny.questions(1, 8)[0]
+    assert ask(tok, "whole", problem=row["question"], section=row["context"]) == f"\\boxed{{ {row['answers'][0]} }}"
+    guesses = {ask(tok, "closed_book", problem=row["question"], key=(i,)) for i in range(60)}
+    assert len(guesses) == len(tiny.HABITS[row["question"].split()[1]])
+
+
 def test_the_oracle_keeps_only_what_it_reads_and_as_much_as_it_is_told_to(tok):
     kept = {keep: 0 for keep in (0.2, 0.6, 1.0)}
     for i, row in enumerate(tiny.documents(60, 9, 4)):

@@ -68,7 +68,7 @@ def test_a_document_forges_no_structure(tokenizer, text, order):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_spliced_prompt_equals_the_whole_rendered_chat_where_pieces_meet_at_token_boundaries(tokenizer, name):
-    texts = dict(problem="Which one is it", memory="Rome is a city", section="The river runs\nthrough [TARGET]")
+    texts = dict(problem="Which one is it", memory="Rome is a city", section="The river runs\nthrough [TARGET]", previous="nothing yet", turns="6")
     prompts = Prompts(tokenizer)
     template = getattr(prompts, name)
     spliced = template(**{field: prompts.encode(texts[field]) for field in template.fields})
@@ -193,7 +193,7 @@ def test_rows_stay_with_their_agents(prompts):
         assert reader.answer == prompts.text([260 + n for n in (*reader.key, len(reader.chunks))])
     for recaller in recallers:
         [turn] = recaller.turns
-        assert turn.prompt_ids == prompts.recall(memory=recaller.memory, section=recaller.section)
+        assert turn.prompt_ids == recaller.ids
         assert recaller.answer == prompts.text(turn.response_ids)
 
 

@@ -752,7 +752,8 @@ def train(cfg, device):
     if not policy.shares and dist.get_rank() == 0:
         print(f"note: {type(lm).__name__} has attention that can't share prefixes; every turn runs by itself, which is slower and as exact", file=sys.stderr)
     kit, skipped = Kit(cfg, prompts, problem, sampler, material.search), 0
-    kit_heldout, heldout = kit._replace(search=material.heldout_search), material.heldout[: cfg.eval_documents]
+    heldout = [material.heldout[i] for i in range(min(cfg.eval_documents, len(material.heldout)))]
+    kit_heldout = kit._replace(search=material.heldout_search)
     leader = dist.get_rank() == 0
     open_out(cfg, done)
     bar = tqdm(total=cfg.steps, initial=done, desc=cfg.task, disable=not leader)

@@ -249,6 +249,22 @@ def test_the_script_runs_end_to_end_and_leaves_a_checkpoint_for_transformers(poc
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
 
 
+def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(tokenizer, tmp_path):
+    names = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Kurt Goedel", "Emmy Noether", "Paul Erdos"]
+    cities = ["Paris", "London", "Vienna", "Moscow", "Geneva"]
+    passages = [{"id": str(i), "title": f"Life {i}", "text": f"{names[i % 6]} lived in {cities[i % 5]} in {1800 + i}. Later {names[(i + 1) % 6]} came to {cities[(i + 2) % 5]}."} for i in range(40)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    build = ["build", "--corpus", "corpus.jsonl", "--out", "docs", "--documents", "6", "--heldout", "2", "--related", "2", "--random", "2", "--ner", "rules"]
+    built = subprocess.run([sys.executable, str(ROOT / "data.py"), *build], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr[-2000:]
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run(["--model", "model", "--data", "docs", "--steps", "1", *SIZES, "--chunk_tokens", "64", "--answer_tokens", "4", "--out", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, last = metrics_of(tmp_path / "run")
+    assert first["heldout"]["trajectory"][3] == 2 and "imr" in last and last["turns"] > 2
+
+
 def weights_of(folder):
     from safetensors.torch import load_file
 

@@ -160,6 +160,9 @@ def parse(argv=None):
 
 def start_ranks():
     """Joins torchrun's process group, or makes one of this process alone, so that all code below is the same. -> device"""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one bar, ours
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # ranks finish their rollouts at different times
@@ -194,9 +197,7 @@ def is_tiny(model):
 def load_model(path, dtype=torch.float32):
     """-> (causal language model on the CPU, tokenizer). fp32 weights are the master copy that is trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # there is one bar, ours
     path = checkpoint_path(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)

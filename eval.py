@@ -210,9 +210,8 @@ def format_cell(key, value):
 def write_json(path, value):
     """Whole or not at all."""
     if path and dist.get_rank() == 0:
-        partial = Path(f"{path}.partial")
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        partial.rename(path)
+        with data.whole_or_nothing(path) as partial:
+            partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- commands
@@ -264,10 +263,8 @@ def filter_questions(args, kit, policy, pocket):
     rows = [row for path in args.data for row in data.load_questions(path)]
     known = {record["index"] for record in run_set(args, kit, policy, "filter", rows) if record["em"] == 1}
     if dist.get_rank() == 0:
-        partial = Path(f"{args.out}.partial")
-        with partial.open("w") as file:
+        with data.whole_or_nothing(args.out) as partial, partial.open("w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for i, row in enumerate(rows) if i not in known)
-        partial.rename(args.out)
         print(f"{args.out}: {len(rows) - len(known)} of {len(rows)} questions left, {len(known)} answered without context")
 
 
@@ -303,25 +300,19 @@ def curves(args):
     print(args.out)
 
 
+@train.one_line_errors()
 def main(argv=None):
-    try:
-        args = parse(argv)
-        if args.command == "curves":
-            return curves(args)
-        cfg = config_of(args)
-        if not args.out and args.command != "memtrain":
-            raise ValueError(f"{args.command} needs --out: the table, and where a stopped evaluation goes on")
-        if not args.data and not train.is_tiny(args.model):
-            raise ValueError(f"{args.command} of {args.model} needs --data")
-        kit, policy, pocket = open_kit(args, cfg, train.start_ranks())
-        command = {"memtrain": evaluate_proxy, "filter": filter_questions}.get(args.command, evaluate_questions)
-        command(args, kit, policy, pocket)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    args = parse(argv)
+    if args.command == "curves":
+        return curves(args)
+    cfg = config_of(args)
+    if not args.out and args.command != "memtrain":
+        raise ValueError(f"{args.command} needs --out: the table, and where a stopped evaluation goes on")
+    if not args.data and not train.is_tiny(args.model):
+        raise ValueError(f"{args.command} of {args.model} needs --data")
+    kit, policy, pocket = open_kit(args, cfg, train.start_ranks())
+    command = {"memtrain": evaluate_proxy, "filter": filter_questions}.get(args.command, evaluate_questions)
+    command(args, kit, policy, pocket)
 
 
 if __name__ == "__main__":

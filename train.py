@@ -603,9 +603,8 @@ def open_out(cfg, step):
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         for file in (out / "metrics.jsonl", out / "samples.jsonl"):
             lines = file.read_text().splitlines(keepends=True) if step and file.exists() else []
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-            partial.rename(file)
+            with data.whole_or_nothing(file) as partial:
+                partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
     dist.barrier()
 
 
@@ -663,10 +662,9 @@ def warm_start(seed):
             optimizer.step()
             optimizer.zero_grad()
     if rank == 0:
-        partial = folder.with_suffix(".partial")
-        lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with data.whole_or_nothing(folder) as partial:
+            lm.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     dist.barrier()
     return str(folder)
 
@@ -862,12 +860,11 @@ def start_processes(count):
     return next((rank.returncode for rank in ranks if rank.wait()), 0)
 
 
-def main(argv=None):
+@contextlib.contextmanager
+def one_line_errors():
+    """Bad input ends in one line, from rank 0, and status 2; the process group is left in any case."""
     try:
-        cfg = parse(argv)
-        if cfg.processes > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
-            sys.exit(start_processes(cfg.processes))
-        train(cfg, start_ranks())
+        yield
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -875,6 +872,14 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@one_line_errors()
+def main(argv=None):
+    cfg = parse(argv)
+    if cfg.processes > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
+        sys.exit(start_processes(cfg.processes))
+    train(cfg, start_ranks())
 
 
 if __name__ == "__main__":

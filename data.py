@@ -85,7 +85,7 @@ def read_rows(source, columns=None, stream=False, seed=0):
 def _lines(path):
     number = 0
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -655,16 +655,16 @@ def question_row(place, row):
     >>> question_row("f:1", {"index": 3, "input": "Who?", "answers": "['Ann']", "context": [["Ann", "She did."]]})
     {'id': '3', 'source': '', 'question': 'Who?', 'answers': ['Ann'], 'context': 'Document 1:\\nAnn\\nShe did.'}
     """
-    extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
+    extra, reward = (row[name] if isinstance(row.get(name), dict) else {} for name in ("extra_info", "reward_model"))
     question = row.get("question") or row.get("input") or extra.get("question")
     if not question and isinstance(row.get("prompt"), list):
-        question = row["prompt"][-1]["content"]
+        question = next((turn.get("content") for turn in row["prompt"][-1:] if isinstance(turn, dict)), None)
     answers = [row.get(name) for name in ("answers", "golden_answers", "answer")] + [reward.get("ground_truth")]
     answers = next((answer for answer in answers if answer not in (None, "", [])), [])
     if isinstance(answers, str) and re.fullmatch(r"\[.*\]", answers, re.DOTALL):  # a list that went through str()
         with contextlib.suppress(ValueError, SyntaxError):
             answers = ast.literal_eval(answers)
-    answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+    answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers]) if str(answer).strip()]
     if not question or not answers:
         raise DataError(f"{place}: a question needs a question and an answer, this row has {sorted(row)}")
     identity = next((str(value) for value in (row.get("id"), extra.get("index"), row.get("index")) if value is not None), place)
@@ -806,8 +806,10 @@ def bm25_index(texts, folder=None):
     if folder and folder.exists():
         index = bm25s.BM25.load(str(folder))
     else:
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+        index, words = bm25s.BM25(), bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        if not words.vocab:
+            raise DataError("the passages hold no word to search for")
+        index.index(words, show_progress=False)
         if folder:
             with whole_or_nothing(folder) as unfinished:
                 index.save(str(unfinished), show_progress=False)

@@ -16,6 +16,7 @@ stopping nor the number of ranks changes a table. A failed, cut or empty answer 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -183,6 +184,16 @@ def summary(records):
     return row
 
 
+def average(scores):
+    """The mean of independent scores [mean, low, high], and its own interval: half widths add in quadrature.
+
+    >>> [round(value, 4) for value in average([[0.5, 0.4, 0.6], [0.7, 0.6, 0.8]])]
+    [0.6, 0.5293, 0.6707]
+    """
+    mean, count = sum(score[0] for score in scores) / len(scores), len(scores)
+    return [mean, mean - math.hypot(*(score[0] - score[1] for score in scores)) / count, mean + math.hypot(*(score[2] - score[0] for score in scores)) / count]
+
+
 def print_table(table):
     """Markdown, scores in percent."""
     columns = list(dict.fromkeys(key for row in table.values() for key in row))
@@ -244,7 +255,7 @@ def evaluate_questions(args, kit, policy, pocket):
         kit = kit._replace(search=train.open_search(kit.cfg, kit.cfg.retriever) if sets else train.load_material(kit.cfg, pocket).heldout_search)
     table = {name: summary(run_set(args, kit, policy, name, rows)) for name, rows in loaded.items()}
     if len(table) > 1:
-        table["average"] = {score: [sum(row[score][i] for row in table.values()) / len(table) for i in range(3)] for score in SCORES}
+        table["average"] = {score: average([row[score] for row in table.values()]) for score in SCORES}
     if dist.get_rank() == 0:
         print_table(table)
     write_json(args.out, {"command": sys.argv[1:], "config": dataclasses.asdict(kit.cfg), "table": table})

@@ -1,6 +1,7 @@
 """The embedded default: a pocket encyclopedia, its tokenizer, model and oracle, so that everything runs without a download.
 
-    python tiny.py          one masked document, its chunks, and the oracle's way through it (seconds)
+    python tiny.py                      one masked document, its chunks, and the oracle's way through it (seconds)
+    python tiny.py study [--seeds 3]    the paper's claims on this world, with train.py and eval.py (hours; --quick: minutes)
 
 The world. Every fact is three words: `Alda sells wool`. 25 made-up cities have 4 attributes of 5 values each, arranged in
 orthogonal Latin squares: one clue leaves five candidates, any two clues leave one. These facts never change; they are the
@@ -8,17 +9,27 @@ encyclopedia, which the warm start puts into the model. What people like, own, p
 that nothing but memory can answer for it. A masked document hides one city, with two clues in different chunks, among facts about
 people and other cities: what the mask stands for must be inferred from what was kept of several chunks and what the model knows.
 
-The oracle stands in the sampler's place in rollout(): it reads a prompt and writes the response that a model with faithful copying
-and a mediocre sense of relevance would write. Fine-tuning on the turns that it leaves behind is the warm start (WARM_START).
+The oracle stands in the sampler's place in rollout(): it reads a prompt and writes the response of a model that copies faithfully
+but has no sense of relevance: it takes up two facts of five that it reads, whatever the question. Fine-tuning on the turns that it leaves
+behind is the warm start (WARM_START). Such a coin is the weakness on purpose: a policy that drifts under noise, or is merely
+sampled more sharply, gains nothing by it, so a rising curve means that the reward was understood (--shuffle_rewards shows it).
 
 How it differs from real data:
 1. Every word is one token, every fact three; chunks of a multiple of three tokens never cut a fact (others work, and cut some).
 2. A passage is two facts, a line each. Facts about other cities stand in for related passages, people's habits for random ones.
-3. Entities are known, not recognised: the names of people and cities, each with its exact span.
+3. Entities are known, not recognised: subjects and objects, each with its exact span.
 4. Prompts are a few words long, since the model has never read anything else.
 """
+import argparse
+import itertools
+import json
+import os
 import random
 import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -63,13 +74,14 @@ TEMPLATES = {
 }
 
 TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
-CONFIG = dict(steps=80, documents_per_step=8, documents_per_update=8, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
-              answer_tokens=6, lr=2e-4, kl=1e-2, warmup_steps=5, beta2=0.98, recall_weight=1.0, eval_every=20, gradient_checkpointing=False)
+CONFIG = dict(steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
+              answer_tokens=6, lr=2e-4, kl=2e-2, warmup_steps=3, beta2=0.98, eval_every=8, gradient_checkpointing=False)
 CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence"), "searchqa": dict(aggregate="sequence", answer_tokens=24)}
-# Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying takes about two thirds of AdamW's steps
-WARM_START = dict(lr=5e-3, lr_rest=3e-3, questions=1 / 3, weights=dict(update=1.0, answer=1.0, recall=0.5), stages=[
-    dict(steps=150, documents=12, chunks=2, sizes={}, oracle=dict(keep=0.9)),
-    dict(steps=600, documents=24, chunks=4, sizes={}, oracle=dict(keep=0.7)),
+# Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying takes about two thirds of AdamW's steps. In the end
+# the last norm is multiplied by `sharpen`, as if sampled at temperature 1 / sharpen: so small a model copies too noisily at 1.
+WARM_START = dict(lr=5e-3, lr_rest=3e-3, sharpen=2.0, stages=[
+    dict(steps=150, chunks=2, rows=dict(documents=7, questions=3, searches=2)),
+    dict(steps=600, chunks=4, rows=dict(documents=14, questions=6, searches=4)),
 ])
 
 
@@ -118,26 +130,23 @@ def model(seed=0):
 def _facts(rng, count, city):
     """`count` facts [subject, verb, object] for one document: people's habits, and a fifth about cities other than `city`.
 
-    Nobody has two objects for a verb, and no two people share one until all have served: in a document of the usual length
-    verb and object tell whom a fact is about. Very long documents run out of facts and say some twice."""
-    decks = {verb: rng.sample(things, len(things)) for verb, things in HABITS.items()}
-    pairs = rng.sample([(person, verb) for person in PEOPLE for verb in HABITS], len(PEOPLE) * len(HABITS))
-    habits = [[person, verb, decks[verb].pop() if decks[verb] else rng.choice(HABITS[verb])] for person, verb in pairs]
+    Verbs and objects are dealt like cards, so that those of a short document differ; very long documents say facts twice."""
+    who = {verb: rng.sample(PEOPLE, len(PEOPLE)) for verb in HABITS}
+    what = {verb: [thing for _ in range(3) for thing in rng.sample(things, len(things))] for verb, things in HABITS.items()}
+    habits = [[who[verb][i], verb, what[verb][i]] for i in range(len(PEOPLE)) for verb in rng.sample(list(HABITS), len(HABITS))]
     known = [[other, verb, thing] for other in CITIES for verb, thing in ENCYCLOPEDIA[other].items() if other != city]
     rng.shuffle(known)
-    share = count // 5  # about a fifth is about other cities
-    pool = [known[i % len(known)] for i in range(share)] + [habits[i % len(habits)] for i in range(count - share)]
-    rng.shuffle(pool)
-    return pool
+    decks = [itertools.cycle(habits), itertools.cycle(known)]
+    return [next(decks[kind]) for kind in rng.sample([1] * (count // 5) + [0] * (count - count // 5), count)]
 
 
 def _write(facts, answer=None):
-    """Text of the facts, a line each, two a passage; the answer masked. -> (text, spans of its other names)"""
+    """Text of the facts, a line each, two a passage; the answer masked. -> (text, spans of subjects and objects)"""
     text, spans = "", []
     for i, fact in enumerate(facts):
         for word in fact:
             word = MASK if word == answer else word
-            if word in PEOPLE or word in CITIES:
+            if word not in (MASK, fact[1]):
                 spans.append([len(text), len(text) + len(word)])
             text += word + " "
         text = text[:-1] + ("\n\n" if i % 2 else "\n")
@@ -178,13 +187,13 @@ def questions(count, seed, chunks=4):
 
 
 def passages(seed):
-    """A corpus for search: what habits every person has, [{"id", "title", "text"}], a passage a person."""
+    """A corpus for search: all habits of all people, [{"id", "title", "text"}], two facts a passage."""
     rng = random.Random(f"passages {seed}")
-    decks = {verb: rng.sample(things, len(things)) for verb, things in HABITS.items()}
     rows = []
-    for i, person in enumerate(PEOPLE):
-        habits = [[person, verb, deck[i % len(deck)]] for verb, deck in decks.items()]
-        rows.append({"id": str(i), "title": person, "text": _write(rng.sample(habits, len(habits)))[0]})
+    for person in PEOPLE:
+        habits = [[person, verb, rng.choice(things)] for verb, things in HABITS.items()]
+        rng.shuffle(habits)
+        rows += [{"id": str(len(rows) + i), "title": person, "text": _write(habits[2 * i:2 * i + 2])[0]} for i in range(len(habits) // 2)]
     return rows
 
 
@@ -196,6 +205,15 @@ def search_questions(count, seed):
         person, verb, thing = random.Random(f"search {seed} {i}").choice(facts)
         rows.append({"id": f"tiny-search-{seed}-{i}", "question": f"{person} {verb} what ?", "answers": [thing], "context": ""})
     return rows
+
+
+def lookup(rows, k=3):
+    """A search for passages by shared words, for demonstrations: queries -> for each the best k passages that share any."""
+    def best(query):
+        shared = [len({*query.split()} & {*row["text"].split()}) for row in rows]
+        return [rows[i] for i in sorted(range(len(rows)), key=lambda i: -shared[i])[:k] if shared[i]]
+
+    return lambda queries: [best(query) for query in queries]
 
 
 # ---------------------------------------------------------------- the oracle
@@ -221,16 +239,11 @@ def _read(text):
     return facts
 
 
-def _update(problem, memory, section, room, rng, keep, favour):
-    """The next memory: old facts, then new ones, each kept with probability `keep`, by odds `favour` times better when the problem
-    names its subject or object; as many as there is room for."""
+def _update(memory, section, room, rng, keep):
+    """The next memory: the old facts, then each new one with probability `keep`; what there is no room for is dropped at random."""
     facts = _read(memory)
-    facts += [fact for fact in _read(section) if fact not in facts]
-    about = [fact[0] in problem or fact[2] in problem for fact in facts]
-    odds = [keep / max(1 - keep, 1e-9) * (favour if a else 1) for a in about]
-    kept = [i for i, o in enumerate(odds) if rng.random() < o / (1 + o)]
-    while len(kept) > room:
-        kept.remove(rng.choices(kept, [1 / favour if about[i] else 1 for i in kept])[0])
+    facts += [fact for fact in _read(section) if fact not in facts and rng.random() < keep]
+    kept = sorted(rng.sample(range(len(facts)), min(room, len(facts))))
     return [word for i in kept for word in facts[i]]
 
 
@@ -259,44 +272,135 @@ def _recall(memory, section, rng):
 
 
 def _search(text, problem, rng, keep):
-    """One turn of a search: what it keeps of what it knew and found, then the first open question's query, or the answers."""
-    known = [fact for fact in _read(_block(text, "think") or []) + _read(_block(text, "information") or []) if fact[0] in problem]
-    known = [fact for fact in known if rng.random() < keep]
+    """One turn of a search: what it keeps of what it was asked for, then the first open question's query, or the answers."""
     asked = [question.split()[:2] for question in " ".join(problem).split(";")]
-    found = {(s, v): o for s, v, o in known}
-    open_ = [pair for pair in asked if tuple(pair) not in found]
-    turns = int(text[text.index("turns") - 1])
-    summary = ["<think>", *(word for fact in known for word in fact), "</think>"]
-    if open_ and turns > 1:
-        return [*summary, "<search>", *open_[0], "</search>"]
+    shown = [fact for tag in ("think", "information") for fact in _read(_block(text, tag) or [])]
+    found = {(s, v): o for s, v, o in shown if [s, v] in asked and rng.random() < keep}
+    missing = [pair for pair in asked if tuple(pair) not in found]
+    summary = ["<think>", *(word for (s, v), o in found.items() for word in (s, v, o)), "</think>"]
+    if missing and int(text[text.index("turns") - 1]) > 1:
+        return [*summary, "<search>", *missing[0], "</search>"]
     answers = [found.get((s, v)) or rng.choice(HABITS[v]) for s, v in asked]
     return [*summary, "<answer>", *" ; ".join(answers).split(), "</answer>"]
 
 
-def oracle(prompts, limits, keys, keep=0.7, favour=1.5, seed=0):
+def oracle(prompts, limits, keys, keep=0.4, keep_found=0.8, seed=0):
     """A sampler for rollout(): lists of token ids in, lists of token ids out, each ending in <|im_end|>.
 
-    It sees nothing but the prompt. `keep` is the share of facts that a turn carries over, by odds `favour` times better for
-    those about what the problem names; deterministic in prompt, keys and seed."""
+    It sees nothing but the prompt. `keep` is the probability that a fact of a section is taken up, `keep_found` that a search
+    carries over one it was asked for; deterministic in prompt, keys and seed."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {seed} {tuple(key)} {list(prompt)}")
         text = [_VOCABULARY[i] for i in prompt]
         problem, memory, section = (_block(text, tag) for tag in ("problem", "memory", "section"))
         if "turns" in text:
-            response = _search(text, problem, rng, keep)
+            response = _search(text, problem, rng, keep_found)
         elif problem is None:
             response = ["\\boxed{", _recall(memory, section, rng), "}"]
         elif memory is None or section is None:  # the answer's turn, or a baseline with the whole text or none at all
             response = ["\\boxed{", _answer(problem, memory or section or [], rng), "}"]
         else:
-            response = _update(problem, memory, section, (limit - 1) // FACT, rng, keep, favour)
+            response = _update(memory, section, (limit - 1) // FACT, rng, keep)
         responses.append([_ID[word] for word in response][:limit - 1] + [_ID["<|im_end|>"]])
     return responses
 
 
+# ---------------------------------------------------------------- study
+def arms(steps, more):
+    """The runs of a study in order: {name: (arm to start from, flags of train.py)}. "warm" is the warm start itself."""
+    runs = {"warm": (None, ["--steps", "1", "--lr", "0"])}
+    for objective in ("full", "decoupled", "e2e"):
+        runs[objective] = (None, ["--steps", steps, "--objective", objective])
+    runs["shuffled"] = (None, ["--steps", steps, "--shuffle_rewards"])
+    for start in ("warm", "full", "decoupled", "e2e"):
+        runs[f"{start}+qa"] = (start, ["--task", "longqa", "--steps", more])
+    runs["warm+longer qa"] = ("warm", ["--task", "longqa", "--steps", steps + more])
+    return runs
+
+
+def guesses(rows, room):
+    """What needs no model: exact match of a memory of random facts, of one that keeps what is asked for, and of a guess."""
+    scores = {"random facts": [], "oracle memory": [], "guess": []}
+    for row in rows:
+        facts, (asked, verb), rng = _read(row["context"].split()), row["question"].split()[:2], random.Random(row["id"])
+        options = HABITS[verb]
+        kept = [fact for fact in facts if rng.random() < min(1, room / len(facts))]
+        for name, memory in ("random facts", kept), ("oracle memory", [fact for fact in facts if fact[0] == asked]), ("guess", []):
+            found = next((o for s, v, o in memory if (s, v) == (asked, verb)), None) or rng.choice(options)
+            scores[name].append(found in row["answers"])
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def spread(values):
+    """Mean and half of its 95 % interval over seeds (Student's t); None for the half with one seed."""
+    mean, t = statistics.fmean(values), {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.5)
+    return mean, t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def study(args):
+    """Trains every arm for every seed and asks it held-out questions by length; goes on where it was stopped.
+
+    Leaves args.out/results.json (the raw numbers), table.md and, where matplotlib is installed, figure.png."""
+    out, steps, more, lengths, count = Path(args.out), CONFIG["steps"], CONFIG["steps"], [1, 2, 4, 8, 16, 32], 500
+    if args.quick:
+        args.seeds, steps, more, lengths, count = 1, 8, 8, [1, 2, 4], 100
+    ranks, results = str(min(4, os.cpu_count() or 1)), {}
+    python, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    root = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (out / "questions").mkdir(parents=True, exist_ok=True)
+    files = {n: out / "questions" / f"{n:03d}x.jsonl" for n in lengths}
+    for n, file in files.items():
+        rows = questions(count, HELDOUT_SEED, n * CONFIG["chunks"])
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, score in guesses(rows, (CONFIG["memory_tokens"] - 1) // FACT).items():
+            results.setdefault(name, {}).setdefault(n, []).append(score)
+
+    for seed in range(args.seeds):
+        for name, (start, flags) in arms(steps, more).items():
+            run, table = out / f"{name}-{seed}".replace(" ", "-"), out / f"{name}-{seed}.json".replace(" ", "-")
+            model = ["--model", str(out / f"{start}-{seed}")] if start else []
+            if not table.exists():
+                print(f"== seed {seed}, {name}", flush=True)
+                command = [*python, root / "train.py", *model, *flags, "--seed", seed, "--out", run, "--eval_every", 0, "--eval_documents", 0, "--resume"]
+                subprocess.run([str(part) for part in command], check=True, env=environment)
+                command = [*torchrun, root / "eval.py", "longqa", "--model", run, "--out", table, "--seed", 0, "--data", *files.values()]
+                subprocess.run([str(part) for part in command], check=True, env=environment)
+            scores = json.loads(table.read_text())["table"]
+            for n, file in files.items():
+                results.setdefault(name, {}).setdefault(n, []).append(scores[file.stem]["em"][0])
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    report(out, results, lengths, args.seeds, count)
+
+
+def report(out, results, lengths, seeds, count):
+    """Prints and writes the table of a study, and draws it."""
+    lines = ["| exact match in % | " + " | ".join(f"{n}x" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for name, row in results.items():
+        cells = [f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None and name in arms(0, 0) else "") for mean, half in (spread(row[n]) for n in lengths)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    note = f"{seeds} seed{'s' * (seeds > 1)}, {count} questions a length, lengths in trained documents of {CONFIG['chunks']} chunks; ± half a 95 % interval over seeds"
+    (out / "table.md").write_text("\n".join([*lines, "", note, ""]))
+    print("\n".join([*lines, "", note]))
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figure: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, row in results.items():
+        means, halves = zip(*(spread(row[n]) for n in lengths))
+        style = {"marker": "o"} if name in arms(0, 0) else {"linestyle": ":", "color": "grey"}
+        axes.errorbar(lengths, means, [half or 0 for half in halves], label=name, capsize=2, **style)
+    axes.set(xscale="log", xticks=lengths, xticklabels=[f"{n}x" for n in lengths], ylim=(0, 1), xlabel="length", ylabel="exact match")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(out / "figure.png", dpi=150, bbox_inches="tight")
+
+
 # ---------------------------------------------------------------- demo
-def main():
+def demo():
     """Prints one document and the oracle's way through it."""
     tok, row = tokenizer(), documents(1, seed=0)[0]
     ids = tok(row["text"], add_special_tokens=False)["input_ids"]
@@ -316,6 +420,17 @@ def main():
     name = row["text"][slice(*row["entities"][0])]
     section = tok.decode(ids[:size]).replace(name, TARGET)
     print(f"recall   {section}\nanswer   {ask('recall', memory=memory, section=section)} ({name})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command")
+    options = commands.add_parser("study", help="the paper's claims at pocket size")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--quick", action="store_true", help="one seed, few steps, short documents: minutes")
+    options.add_argument("--out", default="runs/study")
+    args = parser.parse_args()
+    study(args) if args.command == "study" else demo()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -57,7 +59,8 @@ class Config:
     model: str = "tiny"  # tiny, a Hub name, a folder with a Hugging Face checkpoint, or the folder of a run
     data: list[str] = field(default_factory=list)  # what `data.py build` wrote, or question files; none: the pocket world
     out: str = ""  # folder of the run (default: runs/TASK)
-    resume: bool = False  # continue from the newest complete checkpoint in --out
+    resume: bool = False  # continue from the newest intact checkpoint in --out
+    force: bool = False  # resume even though settings or data have changed
     seed: int = 0  # of the data order, the recall draws and the sampling noise
     # rollout
     steps: int = 300  # updates of the sampling policy
@@ -122,6 +125,12 @@ POST_TRAINING = {  # MemAgent's and MEM1's settings, as MemTrain used them
     "longqa": dict(steps=500, documents_per_update=8, group=16, aggregate="token"),
     "searchqa": dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
 }
+FREE = {  # what may differ when a run is resumed: where it runs, what it shows, how long it goes on
+    *("out", "resume", "force", "processes", "steps", "data", "retriever", "eval_every", "eval_documents", "save_every", "keep", "samples"),
+    *("kv_tokens", "segment", "tokens_per_forward", "gradient_checkpointing"),
+}
+DIGESTS = "digests.json"  # of a checkpoint's files
+CHILD = "MEMTRAIN_CHILD"  # set in the ranks of start_processes
 MAX_SKIPPED = 5  # updates in a row with a non-finite gradient before the run stops
 
 
@@ -143,7 +152,8 @@ def parse(argv=None):
     if is_tiny(model):
         pocket = {"processes": min(4, os.cpu_count() or 1)} | tiny.CONFIG | tiny.CONFIG_OF_TASK.get(task, {})
     cfg = Config(**(POST_TRAINING.get(task, {}) | pocket | given))
-    cfg.out = cfg.out or f"runs/{cfg.task}"
+    cfg.out, cfg.model = cfg.out or f"runs/{cfg.task}", checkpoint_path(cfg.model)
+    cfg.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts started the ranks again
     if cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: an advantage is a difference within a group, which takes at least 2 trajectories")
     if cfg.objective != "e2e" and cfg.task == "memtrain" and cfg.recalls < 2:
@@ -247,14 +257,32 @@ def gathered(policy):
     reshard(policy)
 
 
-def kv_budget(lm, device):
-    """Tokens of KV cache that fit into 60 % of the free memory of the fullest rank (on a CPU: 131072)."""
+def kv_bytes(lm, device):
+    """Bytes of a token's keys and values."""
+    head = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+    return 2 * (2 if device.type == "cuda" else 4) * lm.config.num_hidden_layers * lm.config.num_key_value_heads * head
+
+
+def kv_budget(lm, device, to_come=0):
+    """Tokens of KV cache that fit into 60 % of the free memory of the fullest rank, less `to_come` bytes (on a CPU: 131072)."""
     if device.type == "cpu":
         return 2**17
-    config = lm.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
-    return min(everyone(int(0.6 * torch.cuda.mem_get_info(device)[0] / bytes_per_token)))
+    room = min(everyone(torch.cuda.mem_get_info(device)[0])) - to_come
+    if room <= 0:
+        raise ValueError(f"the model leaves no memory for a rollout ({-room / 1e9:.1f} GB short on a GPU): use more GPUs, or a smaller model")
+    return int(0.6 * room / kv_bytes(lm, device))
+
+
+def plan_memory(cfg, lm, device):
+    """Sets cfg.kv_tokens where it is 0, from the memory that training will leave. -> a line with a rank's memory by purpose"""
+    count, world = sum(parameter.numel() for parameter in lm.parameters()), dist.get_world_size()
+    width, whole = (2, True) if device.type == "cuda" else (4, world > 1)
+    size = {"weights": 4 * count / world, "gradients": 4 * count / world, "optimizer": 8 * count / world,
+            "reference": width * count / world * (cfg.kl > 0), "gathered weights": width * count * whole}  # fmt: skip
+    cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device, size["gradients"] + size["optimizer"] + size["gathered weights"])
+    size["KV cache up to"] = cfg.kv_tokens * kv_bytes(lm, device)
+    parts = " + ".join(f"{name} {value / 1e9:.2f}" for name, value in size.items() if value)
+    return f"{count / 1e6:.1f}M parameters; memory of a rank, activations aside: {parts} = {sum(size.values()) / 1e9:.2f} GB"
 
 
 # ---------------------------------------------------------------------------------------------------------- data of a step
@@ -549,27 +577,61 @@ def update(cfg, policy, optimizer, sequences, old, ref, totals):
 
 
 def save_checkpoint(cfg, policy, optimizer, tokenizer, step):
-    """out/step-NNNNNN/: the model in Hugging Face format, and trainer/ with fp32 shards, optimizer and step (DCP)."""
+    """out/step-NNNNNN/: the model in Hugging Face format, and trainer/ with fp32 shards, optimizer and step (DCP).
+
+    Written beside, digested, then renamed, so that a folder of that name is whole; OSError where it can't be written."""
     import torch.distributed.checkpoint as dcp
+    from safetensors import SafetensorError
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
-    final, partial = Path(cfg.out, f"step-{step:06d}"), Path(cfg.out, "step.partial")
+    final, partial, trouble = Path(cfg.out, f"step-{step:06d}"), Path(cfg.out, "step.partial"), None
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     model, optim = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim, "step": step}, checkpoint_id=str(partial / "trainer"))
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    try:
+        dcp.save({"model": model, "optimizer": optim, "step": step}, checkpoint_id=str(partial / "trainer"))
+        if dist.get_rank() == 0:
+            dtype = torch.bfloat16 if policy.lm.device.type == "cuda" else torch.float32
+            policy.lm.config.dtype = dtype
+            policy.lm.save_pretrained(partial, state_dict={name.removeprefix("lm."): value.to(dtype) for name, value in whole.items()})
+            tokenizer.save_pretrained(partial)
+    except dcp.api.CheckpointException as error:
+        trouble = next(iter(error.failures.values()))[0]
+    except (OSError, SafetensorError) as error:
+        trouble = error
+    if trouble := next(filter(None, everyone(trouble and str(trouble).splitlines()[0])), None):
+        free = shutil.disk_usage(cfg.out).free / 1e9
+        raise OSError(f"{final} could not be saved ({trouble}; {free:.1f} GB free); earlier checkpoints are intact: make room, then --resume")
+    written = digests(partial)
     if dist.get_rank() == 0:
-        dtype = torch.bfloat16 if policy.lm.device.type == "cuda" else torch.float32
-        policy.lm.config.dtype = dtype
-        policy.lm.save_pretrained(partial, state_dict={name.removeprefix("lm."): value.to(dtype) for name, value in whole.items()})
-        tokenizer.save_pretrained(partial)
+        (partial / DIGESTS).write_text(json.dumps(written, indent=0) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in sorted(Path(cfg.out).glob("step-*[0-9]"))[: -cfg.keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def digests(folder):
+    """{file: sha256} of all that lies in a checkpoint, worked out by all ranks together."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS)
+    mine = {}
+    for path in files[dist.get_rank() :: dist.get_world_size()]:
+        with path.open("rb") as file:
+            mine[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest for part in everyone(mine) for name, digest in part.items()}
+
+
+def damage(folder):
+    """What is wrong with a checkpoint since it was saved: the name of a file that is missing or has changed, or None."""
+    try:
+        written = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError):
+        return DIGESTS
+    found = digests(folder)
+    return next((name for name, digest in written.items() if found.get(name) != digest), None)
 
 
 def load_trainer(path, policy, optimizer):
@@ -585,22 +647,52 @@ def load_trainer(path, policy, optimizer):
 
 
 def checkpoint_to_resume(cfg):
-    """Refuses a used --out without --resume. -> the newest checkpoint's folder, None to start afresh"""
+    """Refuses a used --out without --resume; sets damaged checkpoints aside. -> the newest intact one, None to start afresh"""
     out = Path(cfg.out)
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"--out {out} holds a run already: add --resume to go on with it, or choose another folder")
-    saved = sorted(out.glob("step-*[0-9]"))
+    saved = sorted(out.glob("step-*[0-9]"), reverse=True)
+    for folder in saved:
+        if not (file := damage(folder)):
+            return folder
+        if dist.get_rank() == 0:
+            aside = folder.with_name("damaged-" + folder.name)
+            print(f"note: {folder}/{file} is damaged; the checkpoint is set aside as {aside}", file=sys.stderr)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        dist.barrier()
     if saved:
-        cfg.kv_tokens = json.loads((out / "config.json").read_text())["kv_tokens"]  # the same batches as before
-    return saved[-1] if saved else None
+        raise ValueError(f"--resume: no checkpoint in {out} is intact; start again in another folder")
+    return None
 
 
-def open_out(cfg, step):
+def course(cfg, material):
+    """All that decides a run's course: its settings, and a fingerprint of its data (the number of rows, and a hundred of them)."""
+    rows = material.rows
+    some = [rows[i] for i in sorted({i * (len(rows) - 1) // 99 for i in range(100)})]
+    digest = hashlib.sha256(json.dumps([len(rows), some], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE} | {"data_fingerprint": digest}
+
+
+def check_course(cfg, now):
+    """Refuses to go on with a run under other settings or data; takes over its KV budget, for the same batches as before."""
+    before = json.loads(Path(cfg.out, "config.json").read_text())
+    cfg.kv_tokens = before["kv_tokens"]
+    changed = [f"{name} was {before.get(name)} and is {value}" for name, value in now.items() if before.get(name) != value]
+    if changed and not cfg.force:
+        raise ValueError(f"--resume: {cfg.out} was begun otherwise ({'; '.join(changed)}): put that back, or add --force")
+
+
+def open_out(cfg, step, now):
     """Writes config.json and cuts metrics.jsonl and samples.jsonl back to the step that is resumed from."""
+    import transformers
+
     out = Path(cfg.out)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        with data.whole_or_nothing(out / "config.json") as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(cfg) | now | {"versions": versions, "ranks": dist.get_world_size()}, indent=2) + "\n")
         for file in (out / "metrics.jsonl", out / "samples.jsonl"):
             lines = file.read_text().splitlines(keepends=True) if step and file.exists() else []
             with data.whole_or_nothing(file) as partial:
@@ -608,16 +700,40 @@ def open_out(cfg, step):
     dist.barrier()
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """Inside, the first Ctrl-C or SIGTERM is only noted, in the list that this gives, so that the step can be finished and
+    saved; a second one acts as ever."""
+    noted, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    yield noted
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------------------ warm start
 
 
-def demonstrations(prompts, stage, documents, questions, seed):
-    """Turns of tiny's oracle on fresh documents and questions of these numbers: list of (kind of prompt, turn)."""
-    kit = Kit(Config(**tiny.CONFIG | stage["sizes"]), prompts, tiny.PROBLEM, functools.partial(tiny.oracle, **stage["oracle"]))
-    documents = {i: tiny.documents(1, f"warm {seed} {i}", stage["chunks"])[0] for i in documents}
-    questions = {i: tiny.questions(1, f"warm {seed} {i}", stage["chunks"])[0] for i in questions}
-    groups = read_and_recall(kit, documents, group=1, recalls=2, salt=f"warm {seed}") + read_documents(kit, questions, group=1)
-    turns = []
+def demonstrations(prompts, stage, step, seed):
+    """Turns of tiny's oracle on this rank's share of a step's fresh documents, questions and searches: list of (kind, turn)."""
+    fresh, count = f"warm start {seed} {step}", stage["rows"]
+    kit = Kit(Config(**tiny.CONFIG), prompts, tiny.PROBLEM, tiny.oracle)
+    searching = kit._replace(cfg=Config(**tiny.CONFIG | tiny.CONFIG_OF_TASK["searchqa"]), search=tiny.lookup(tiny.passages(fresh)))
+    pairs = data.pair_questions(tiny.search_questions(2 * count["searches"], fresh), 2)
+
+    def mine(rows):
+        return {i: rows[i] for i in range(dist.get_rank(), len(rows), dist.get_world_size())}
+
+    groups = read_and_recall(kit, mine(tiny.documents(count["documents"], fresh, stage["chunks"])), group=1, recalls=2, salt=fresh)
+    groups += read_documents(kit, mine(tiny.questions(count["questions"], fresh, stage["chunks"])), group=1)
+    turns = [("search", turn) for group in search_and_answer(searching, mine(pairs), group=1) for turn in group.agents[0].turns]
     for group in groups:
         for agent in group.agents:
             turns += [("update", turn) for turn in agent.turns[:-1]]
@@ -627,33 +743,31 @@ def demonstrations(prompts, stage, documents, questions, seed):
 
 def warm_start(seed):
     """The pocket model, taught the form of the task by demonstrations: rollout() with tiny's oracle in the sampler's place,
-    then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings. -> its folder"""
-    recipe, rank, world = tiny.WARM_START, dist.get_rank(), dist.get_world_size()
-    settings = json.dumps([seed, Path(tiny.__file__).read_text()])
-    folder = Path("cache", "warm-start-" + hashlib.sha256(settings.encode()).hexdigest()[:12])
-    if all(everyone(folder.exists())):
-        return str(folder)
+    then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings and its first demonstrations. -> its folder"""
+    recipe, rank = tiny.WARM_START, dist.get_rank()
     tokenizer, lm = tiny.tokenizer(), tiny.model(seed)
     lm.config.memtrain_world = "tiny"
     prompts, policy = Prompts(tokenizer, tiny.TEMPLATES), grpo.Policy(lm)
+    first = everyone([(turn.prompt_ids, turn.response_ids) for stage in recipe["stages"] for _, turn in demonstrations(prompts, stage, 0, seed)])
+    settings = json.dumps([recipe, lm.config.to_dict(), sorted(sum(first, []))], default=str)  # whatever changes the world changes these
+    folder = Path("cache", "warm-start-" + hashlib.sha256(settings.encode()).hexdigest()[:12])
+    if all(everyone(folder.exists())):
+        return str(folder)
     matrices = [p for name, p in policy.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in policy.named_parameters() if p.dim() != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    optimizers = [torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=recipe["lr_rest"], betas=(0.9, 0.98), weight_decay=0.01)]  # fmt: skip
     stages = [stage for stage in recipe["stages"] for _ in range(stage["steps"])]
-    number = 0  # documents and questions so far
     for step, stage in enumerate(tqdm(stages, desc="warm start", disable=rank > 0)):
         scale = min(1, (step + 1) / 30, max((1 - step / len(stages)) / 0.4, 0.1))
         for optimizer, lr in zip(optimizers, (recipe["lr"], recipe["lr_rest"])):
             optimizer.param_groups[0]["lr"] = lr * scale
-        first_question, end = number + round(stage["documents"] * (1 - recipe["questions"])), number + stage["documents"]
-        turns = demonstrations(prompts, stage, range(number + rank, first_question, world), range(first_question + rank, end, world), seed)
-        number = end
+        turns = demonstrations(prompts, stage, step, seed)
         counts = Counter()
         for kind, tokens in (pair for pairs in everyone([(kind, len(turn.response_ids)) for kind, turn in turns]) for pair in pairs):
             counts[kind] += tokens
         logps = policy([turn.prompt_ids for _, turn in turns], [turn.response_ids for _, turn in turns])
-        sum(-recipe["weights"][kind] / counts[kind] * values.sum() for (kind, _), values in zip(turns, logps)).backward()
+        sum(-values.sum() / counts[kind] for (kind, _), values in zip(turns, logps)).backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
         dist.all_reduce(gradient)
         torch.nn.utils.vector_to_parameters(gradient, [parameter.grad for parameter in policy.parameters()])
@@ -661,6 +775,7 @@ def warm_start(seed):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    lm.model.norm.weight.data *= recipe["sharpen"]
     if rank == 0:
         with data.whole_or_nothing(folder) as partial:
             lm.save_pretrained(partial)
@@ -736,6 +851,9 @@ def train(cfg, device):
     pocket = is_tiny(model_path)
     prompts, problem = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order), tiny.PROBLEM if pocket else PROBLEM
     material = load_material(cfg, pocket)
+    now = course(cfg, material)
+    if start_from:
+        check_course(cfg, now)
     check_budget(cfg, prompts, material, problem, lm)
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -745,7 +863,7 @@ def train(cfg, device):
         reference = shard(grpo.Policy(load_model(model_path, dtype)[0], policy.shares).requires_grad_(False), device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     done = load_trainer(start_from, policy, optimizer) if start_from else 0
-    cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device)
+    memory = plan_memory(cfg, lm, device)
     sampler = Sampler(lm, end_ids(lm, tokenizer), temperature=cfg.temperature, kv_tokens=cfg.kv_tokens, segment=cfg.segment, seed=cfg.seed,
                       stop=prompts.closed if cfg.task == "searchqa" else None, share=policy.shares)  # fmt: skip
     if not policy.shares and dist.get_rank() == 0:
@@ -754,55 +872,63 @@ def train(cfg, device):
     heldout = [material.heldout[i] for i in range(min(cfg.eval_documents, len(material.heldout)))]
     kit_heldout = kit._replace(search=material.heldout_search)
     leader = dist.get_rank() == 0
-    open_out(cfg, done)
+    open_out(cfg, done, now)
+    if leader:
+        print(memory)
     bar = tqdm(total=cfg.steps, initial=done, desc=cfg.task, disable=not leader)
     if done == 0 and heldout:
         log(cfg, {"step": 0, "heldout": look(kit_heldout, policy, heldout)})
 
-    for step in range(done, cfg.steps):
-        # rollout: every document's trajectories, then their recalls, then rewards
-        clock, rows, sampler.step = time.time(), rows_of_step(cfg, material.rows, step), step
-        sampler.prefill_tokens = sampler.decode_tokens = 0
-        with torch.no_grad(), gathered(policy):
-            groups = play(kit, rows, cfg.group, cfg.recalls if cfg.objective != "e2e" else 0, salt=f"{cfg.seed} {step}")
-        for group in groups if cfg.shuffle_rewards else []:
-            random.Random(f"shuffle {cfg.seed} {step} {group.document}").shuffle(group.rewards)
-        rollout_s, clock = time.time() - clock, time.time()
+    with noted_signals() as noted:
+        for step in range(done, cfg.steps):
+            # rollout: every document's trajectories, then their recalls, then rewards
+            clock, rows, sampler.step = time.time(), rows_of_step(cfg, material.rows, step), step
+            sampler.prefill_tokens = sampler.decode_tokens = 0
+            with torch.no_grad(), gathered(policy):
+                groups = play(kit, rows, cfg.group, cfg.recalls if cfg.objective != "e2e" else 0, salt=f"{cfg.seed} {step}")
+            for group in groups if cfg.shuffle_rewards else []:
+                random.Random(f"shuffle {cfg.seed} {step} {group.document}").shuffle(group.rewards)
+            rollout_s, clock = time.time() - clock, time.time()
 
-        # advantages, then log-probs of the sampling policy (where it takes several updates) and of the reference
-        sequences, old, ref = training_sequences(cfg, groups), None, None
-        with torch.no_grad():
-            if cfg.documents_per_update < cfg.documents_per_step:
-                with gathered(policy):
-                    old = forward_rows(cfg, policy, sequences)
-            if reference:
-                with gathered(reference):
-                    ref = forward_rows(cfg, reference, sequences)
+            # advantages, then log-probs of the sampling policy (where it takes several updates) and of the reference
+            sequences, old, ref = training_sequences(cfg, groups), None, None
+            with torch.no_grad():
+                if cfg.documents_per_update < cfg.documents_per_step:
+                    with gathered(policy):
+                        old = forward_rows(cfg, policy, sequences)
+                if reference:
+                    with gathered(reference):
+                        ref = forward_rows(cfg, reference, sequences)
 
-        # updates, each on its own documents
-        for settings in optimizer.param_groups:
-            settings["lr"] = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
-        totals, norms = Counter(), []
-        for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
-            chosen = [i for i, s in enumerate(sequences) if first <= s.document < first + cfg.documents_per_update]
-            part = [values and [values[i] for i in chosen] for values in (sequences, old, ref)]
-            norms.append(update(cfg, policy, optimizer, *part, totals))
-        skipped = 0 if all(map(math.isfinite, norms)) else skipped + 1
+            # updates, each on its own documents
+            for settings in optimizer.param_groups:
+                settings["lr"] = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
+            totals, norms = Counter(), []
+            for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
+                chosen = [i for i, s in enumerate(sequences) if first <= s.document < first + cfg.documents_per_update]
+                part = [values and [values[i] for i in chosen] for values in (sequences, old, ref)]
+                norms.append(update(cfg, policy, optimizer, *part, totals))
+            skipped = 0 if all(map(math.isfinite, norms)) else skipped + 1
 
-        # log, look, save
-        update_s = time.time() - clock
-        tokens = sum(everyone(sampler.prefill_tokens + sampler.decode_tokens + sum(len(s.prompt) + len(s.response) for s in sequences)))
-        metrics = {"step": step + 1, **step_metrics(groups, totals), "grad": max(norms), "skipped": skipped, "lr": optimizer.param_groups[0]["lr"],
-                   "rollout_s": rollout_s, "update_s": update_s, "tokens_per_s": tokens / (rollout_s + update_s), "memory_gb": memory_gb(device)}  # fmt: skip
-        last = step + 1 == cfg.steps
-        if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
-            metrics["heldout"] = look(kit_heldout, policy, heldout)
-        bar.update()
-        log(cfg, metrics, [transcript(kit, groups, step + 1, slot, rows[slot]) for slot in list(rows)[: cfg.samples]])
-        if skipped >= MAX_SKIPPED:
-            raise ValueError(f"{skipped} updates in a row had a non-finite gradient: lower --lr or raise --kl; the last checkpoint is intact")
-        if last or (step + 1) % cfg.save_every == 0:
-            save_checkpoint(cfg, policy, optimizer, tokenizer, step + 1)
+            # log, look, save
+            update_s = time.time() - clock
+            tokens = sum(everyone(sampler.prefill_tokens + sampler.decode_tokens + sum(len(s.prompt) + len(s.response) for s in sequences)))
+            metrics = {"step": step + 1, **step_metrics(groups, totals), "grad": max(norms), "skipped": skipped, "lr": optimizer.param_groups[0]["lr"],
+                       "rollout_s": rollout_s, "update_s": update_s, "tokens_per_s": tokens / (rollout_s + update_s), "memory_gb": memory_gb(device)}  # fmt: skip
+            last = step + 1 == cfg.steps
+            if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+                metrics["heldout"] = look(kit_heldout, policy, heldout)
+            bar.update()
+            log(cfg, metrics, [transcript(kit, groups, step + 1, slot, rows[slot]) for slot in list(rows)[: cfg.samples]])
+            if skipped >= MAX_SKIPPED:
+                raise ValueError(f"{skipped} updates in a row had a non-finite gradient: lower --lr or raise --kl; the last checkpoint is intact")
+            stop = max(everyone(noted[0] if noted else 0))
+            if last or stop or (step + 1) % cfg.save_every == 0:
+                save_checkpoint(cfg, policy, optimizer, tokenizer, step + 1)
+            if stop and not last:
+                if leader:
+                    tqdm.write(f"stopped by {signal.Signals(stop).name}: step {step + 1} is saved, --resume goes on from there")
+                sys.exit(128 + stop)
     bar.close()
     if leader and heldout:
         print_before_and_after(cfg)
@@ -849,15 +975,26 @@ def start_processes(count):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(rank)}) for rank in range(count)]
-    try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            rank.terminate()
-    return next((rank.returncode for rank in ranks if rank.wait()), 0)
+    shared = {"OMP_NUM_THREADS": "1", **os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, CHILD: "1"}
+    start = functools.partial(subprocess.Popen, [sys.executable, *sys.argv], stdin=subprocess.PIPE, start_new_session=True)
+    ranks = [start(env=shared | {"RANK": str(rank)}) for rank in range(count)]
+    for number in (signal.SIGINT, signal.SIGTERM):  # a rank finishes its step and saves, see noted_signals
+        signal.signal(number, lambda number, frame: [rank.send_signal(number) for rank in ranks])
+    while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+    status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(timeout=10)  # the others notice by themselves that one is gone
+        rank.kill()
+    return 128 - status if status < 0 else status
+
+
+def leave_with_parent():
+    """Ends a rank of start_processes when the process that started it is gone, however it went."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -867,8 +1004,10 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -879,6 +1018,8 @@ def main(argv=None):
     cfg = parse(argv)
     if cfg.processes > 1 and "RANK" not in os.environ and not torch.cuda.is_available():
         sys.exit(start_processes(cfg.processes))
+    if CHILD in os.environ:
+        threading.Thread(target=leave_with_parent, daemon=True).start()
     train(cfg, start_ranks())
 
 

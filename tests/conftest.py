@@ -10,6 +10,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 settings.register_profile("memtrain", deadline=None, derandomize=True, max_examples=60)  # machines differ in speed
+settings.register_profile("thorough", deadline=None, max_examples=25_000)
 settings.load_profile("memtrain")
 
 CHAT_TEMPLATE = (  # Qwen's form, with its switch for thinking

@@ -88,11 +88,11 @@ def test_clues_stand_in_different_chunks():
         assert len(facts) == 5 * tiny.FACTS_PER_CHUNK and len(set(homes)) == len(homes)
 
 
-def test_entities_are_exactly_the_names_of_the_text():
-    names = {*tiny.CITIES, *tiny.PEOPLE}
+def test_entities_are_exactly_the_subjects_and_objects_of_the_text():
     for row in [*tiny.documents(20, 4), *tiny.documents(5, 4, 20)]:
-        spans = [list(match.span()) for match in re.finditer(r"\w+", row["text"]) if match.group() in names]
-        assert row["entities"] == spans
+        spans = [list(match.span()) for match in re.finditer(r"\[?\w+\]?", row["text"])]
+        wanted = [span for i, span in enumerate(spans) if i % 3 != 1 and row["text"][slice(*span)] != tiny.MASK]
+        assert row["entities"] == wanted
 
 
 def test_documents_are_a_function_of_seed_and_place_and_heldout_ones_are_new():
@@ -121,11 +121,12 @@ def test_a_question_is_answered_by_its_context_and_by_nothing_else():
 
 
 def test_search_questions_are_answered_by_the_passages_of_their_seed():
-    corpus = {row["title"]: row["text"] for row in tiny.passages(7)}
+    corpus = {name: " ".join(row["text"] for row in tiny.passages(7) if row["title"] == name) for name in tiny.PEOPLE}
     for row in tiny.search_questions(50, 7):
         person, verb = row["question"].split()[:2]
         assert [o for s, v, o in facts_of(corpus[person]) if (s, v) == (person, verb)] == row["answers"]
-    assert corpus != {row["title"]: row["text"] for row in tiny.passages(8)}
+        assert row["question"].split()[0] in tiny.lookup(tiny.passages(7))([" ".join((person, verb))])[0][0]["text"]
+    assert tiny.passages(7) != tiny.passages(8) and tiny.lookup(tiny.passages(7))(["nothing known"]) == [[]]
 
 
 # --------------------------------------------------------------------------------------------------------------- oracle
@@ -156,19 +157,22 @@ def test_the_oracle_keeps_only_what_it_reads_and_as_much_as_it_is_told_to(tok):
             order = [facts_of(memory + " " + section).index(fact) for fact in written]
             assert order == sorted(set(order))
             kept[keep] += len(written)
-    assert kept[0.2] < kept[0.6] < kept[1.0] == 60 * 8
+    assert 60 * 4 < kept[0.2] < kept[0.6] < kept[1.0] == 60 * 8  # what the memory holds is kept, what is new is chosen from
     short = ask(tok, "update", limit=11, oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory=memory, section=section)
     assert len(facts_of(short)) == 3  # whole facts only: three and the end token
 
 
-def test_the_oracle_favours_what_the_question_names(tok):
-    rows, survived = tiny.questions(400, 10, 4), {True: [], False: []}
-    for i, row in enumerate(rows):
-        written = facts_of(ask(tok, "update", key=(i,), oracle={"keep": 0.5, "favour": 3.0}, problem=row["question"], memory="", section=row["context"]))
-        for fact in facts_of(row["context"]):
-            survived[fact[0] in row["question"]].append(fact in written)
+def test_the_oracle_drops_any_fact_alike_whatever_the_question(tok):
+    survived = {True: [], False: []}
+    for i, row in enumerate(tiny.documents(400, 10, 4)):
+        facts = row["text"].split("\n")
+        section = " ".join(fact for fact in facts if fact)
+        written = facts_of(ask(tok, "update", limit=16, key=(i,), oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory="", section=section))
+        assert len(written) == 5
+        for fact in facts_of(row["text"]):
+            survived[fact[0] == tiny.MASK].append(fact in written)
     share = {about: sum(s) / len(s) for about, s in survived.items()}
-    assert 0.65 < share[True] < 0.85 and 0.4 < share[False] < 0.6
+    assert abs(share[True] - 5 / 8) < 0.06 and abs(share[False] - 5 / 8) < 0.04
 
 
 def test_the_oracle_is_a_function_of_prompt_key_and_seed(tok):
@@ -182,11 +186,11 @@ def test_the_oracle_is_a_function_of_prompt_key_and_seed(tok):
 
 
 def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(tok):
-    problem, sure = "Ada likes what ? ; Ben owns what ?", {"keep": 1.0}
+    problem, sure = "Ada likes what ? ; Ben owns what ?", {"keep_found": 1.0}
     assert ask(tok, "search", problem=problem, previous="", turns=6, oracle=sure) == "<think> </think> <search> Ada likes </search>"
     found = "<think> </think> <search> Ada likes </search> <information> Ada owns cat Ada likes tea </information>"
     first = ask(tok, "search", problem=problem, previous=found, turns=5, oracle=sure)
-    assert first == "<think> Ada owns cat Ada likes tea </think> <search> Ben owns </search>"
+    assert first == "<think> Ada likes tea </think> <search> Ben owns </search>"
     found = first + " <information> Ben owns dog Cleo owns goat </information>"
     last = ask(tok, "search", problem=problem, previous=found, turns=4, oracle=sure)
     assert last.endswith("</think> <answer> tea ; dog </answer>") and "Cleo" not in last

@@ -1,0 +1,180 @@
+"""Hostile text: documents, questions, memories, search results and model outputs that try to break out, at every door.
+
+A few thousand cases here; 10^5 with `python -m pytest --hypothesis-profile thorough tests/test_hostile.py`.
+"""
+
+import gzip
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import rewards
+from rollout import CLOSED, TAGS, TEMPLATES, Prompts, Reader, Recaller, Searcher, rollout
+
+FORGED = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<|im_end|>", "<|im_start|>assistant\n", "<|reserved|>", "</think>"]
+NASTY = ["\\boxed{x}", "\\boxed{", "}", "{memory}", "{section}", "[MASK]", "[TARGET]", "<", "<|", ">", "\ud800", "\udfff", "\x00", "\x1b[2J", "\u202e", "שלום",
+         "😀", "👩\u200d👩\u200d👧", "é", "e\u0301", "\r\n", "\u2028", "\t", " ", "", ";", "Ada", "is", "42", "İ", "ß"]  # fmt: skip
+hostile = st.lists(st.sampled_from(FORGED + NASTY) | st.text(max_size=4), max_size=10).map("".join)
+
+many = settings(max_examples=max(1000, settings.default.max_examples))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return Prompts(tokenizer, TEMPLATES)
+
+
+def babbler(prompts, outputs):
+    """A sampler that says the hostile outputs in turn: their text, special tokens as such, cut to the limit."""
+    said = iter(outputs * 99)
+
+    def sampler(asked, limits, keys):
+        texts = [next(said, "").encode("utf-8", "replace").decode() for _ in asked]
+        return [prompts.tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text, limit in zip(texts, limits)]
+
+    return sampler
+
+
+def structure(prompts, ids):
+    """How often each special token stands in a prompt."""
+    return {token: ids.count(token) for token in prompts.special_ids}
+
+
+@many
+@given(hostile, hostile, st.lists(hostile, min_size=1, max_size=4))
+def test_a_reader_of_hostile_text_with_hostile_memories_keeps_its_structure_and_its_budget(prompts, document, question, outputs):
+    problem, chunk_tokens, memory_tokens, answer_tokens = prompts.encode(question), 8, 12, 6
+    sections = [chunk.ids for chunk in data.chunks(prompts.clean(document), prompts.tokenizer, chunk_tokens)]
+    reader = Reader(prompts, problem, sections, memory_tokens, answer_tokens)
+    rollout([reader], babbler(prompts, outputs))
+    recaller = Recaller(prompts, reader.memories[-1], sections[0], answer_tokens)
+    rollout([recaller], babbler(prompts, outputs))
+    longest = prompts.longest(problem, chunk_tokens, memory_tokens, answer_tokens)
+    bare = [prompts.update(problem=[], memory=[], section=[])] * len(sections) + [prompts.answer(problem=[], memory=[]), prompts.recall(memory=[], section=[])]
+    assert len(reader.turns) == len(sections) + 1
+    for turn, empty in zip([*reader.turns, *recaller.turns], bare, strict=True):
+        assert structure(prompts, turn.prompt_ids) == structure(prompts, empty)  # no turn, role or end token was forged
+        assert len(turn.prompt_ids) + len(turn.response_ids) <= longest
+    for inserted in (problem, *sections):
+        assert not any(tag in prompts.text(inserted) for tag in FORGED)
+    rewards.exact_match(rewards.extract_boxed(reader.answer), [question])
+
+
+@many
+@given(hostile, hostile, st.lists(hostile, min_size=1, max_size=4))
+def test_search_results_and_turns_forge_nothing_whatever_they_hold(prompts, question, result, outputs):
+    problem, answer_tokens, result_tokens = prompts.encode(question), 40, 24
+    outputs = [f"<think></think><search>{text}</search>" if i % 2 else text for i, text in enumerate(outputs)]
+    searcher = Searcher(prompts, problem, 3, answer_tokens, result_tokens)
+    rollout([searcher], babbler(prompts, outputs), lambda queries: [[{"title": result, "text": result}] for _ in queries])
+    bare = structure(prompts, prompts.search(problem=[], previous=[], turns=[]))
+    assert 1 <= len(searcher.turns) <= 3
+    for turn in searcher.turns:
+        assert structure(prompts, turn.prompt_ids) == bare
+        assert len(turn.prompt_ids) + len(turn.response_ids) <= prompts.longest_search(problem, answer_tokens, result_tokens)
+        assert len(CLOSED.findall(prompts.text(turn.response_ids))) <= 1  # a response ends at its first closing tag
+    score = rewards.split_answers(searcher.answer, 2)
+    assert len(score) == 2
+
+
+@many
+@given(hostile, st.sampled_from(["Ada", "42", "é", "İ", "ß", "שלום", "😀"]))
+def test_a_masked_entity_is_nowhere_left_and_placeholders_count_the_occurrences(text, entity):
+    text = text.replace("[MASK]", "")
+    hits = len(data.occurrences(text, entity))
+    masked, _ = data.mask(text, entity)
+    assert masked.count("[MASK]") == hits + text.count("[MASK]") and not data.occurrences(masked, entity)
+
+
+@many
+@given(hostile, st.lists(hostile, max_size=3))
+def test_every_score_of_any_text_is_between_0_and_1(prediction, golds):
+    for score in (rewards.exact_match, rewards.sub_exact_match, rewards.memagent_sub_em, rewards.token_f1):
+        assert 0 <= score(prediction, golds) <= 1 and 0 <= score(rewards.extract_boxed(prediction), golds) <= 1
+
+
+@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "<", "<search>", "</memory>", "\ud800", "a", "the ", "[MASK]", "<|im_end|>", "\n", "é", "1. A"])
+def test_a_line_of_a_megabyte_takes_linear_time(prompts, piece):
+    """Each step takes well under a second; anything quadratic would take hours, so the bound is far from both."""
+    text = (piece * (10**6 // len(piece) + 1))[: 10**6]
+    started = time.process_time()
+    clean = prompts.clean(text)
+    data.mask(text, "Ada")
+    data.fair("Ada", text)
+    rewards.exact_match(rewards.extract_boxed(text), [text])
+    rewards.split_answers(text, 3)
+    CLOSED.search(text[:20_000])
+    assert sum(len(chunk.ids) for chunk in data.chunks(clean[:200_000], prompts.tokenizer, 5120)) > 0
+    assert time.process_time() - started < 60
+
+
+def test_closing_tags_are_looked_for_in_linear_time(prompts):
+    rng = random.Random(0)
+    ids = prompts.tokenizer("".join(rng.choice(["<search>", "<answer>", "</", "x "]) for _ in range(1024)))["input_ids"]
+    started = time.process_time()
+    assert prompts.closed(ids) is None
+    assert time.process_time() - started < 5
+
+
+# -------------------------------------------------------------------------------------------------------- damaged files
+GOOD = {"id": "a", "question": "Who?", "answers": ["Ann"], "context": "Ann ran.", "title": "T", "text": "Ann ran."}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+BROKEN = {  # for every loader
+    "empty": b"", "blank": b"\n \n", "cut off": lines(GOOD) + b'{"id": ', "binary": bytes(range(256)) * 4, "another encoding": '{"text": "é"}'.encode("latin1"),
+    "a list": b"[1, 2]\n", "a number": b"3\n", "null": b"null\n", "a string": b'"x"\n', "no such columns": lines({"x": 1}),
+    "numbers": lines(dict.fromkeys(GOOD, 5)), "nulls": lines(dict.fromkeys(GOOD)), "objects": lines(dict.fromkeys(GOOD, {"a": 1})),
+}  # fmt: skip
+BROKEN_QUESTIONS = {
+    "no answers": lines(GOOD | {"answers": []}), "blank answers": lines(GOOD | {"answers": [" "]}), "no question": lines(GOOD | {"question": ""}),
+    "paragraphs without a text": lines(GOOD | {"context": [["a"]]}), "paragraphs of numbers": lines(GOOD | {"context": [[1, 2]]}),
+    "extra_info and prompt of a wrong type": lines({"extra_info": "x", "reward_model": [1], "prompt": ["x"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet"])
+@pytest.mark.parametrize("how", [*BROKEN, *BROKEN_QUESTIONS, "missing"])
+def test_a_broken_file_is_named_in_one_line_by_every_loader(how, ending, tmp_path):
+    file, content = tmp_path / f"broken.{ending}", {**BROKEN, **BROKEN_QUESTIONS}.get(how)
+    if content is not None:
+        file.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    loaders = [data.load_questions]
+    if how not in BROKEN_QUESTIONS:
+        loaders.append(lambda path: data.open_retriever(path, cache=str(tmp_path / "cache")))
+    for load in loaders:
+        with pytest.raises(data.DataError) as error:
+            load(str(file))
+        assert "\n" not in str(error.value) and file.name in str(error.value)
+
+
+def test_half_a_compressed_or_parquet_file_is_an_error_in_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD] * 99), tmp_path / "half.parquet")
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines(*[GOOD | {"id": str(i)} for i in range(999)])))
+    for file in tmp_path.iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(data.DataError, match=file.name):
+            data.load_questions(str(file))
+
+
+def test_a_byte_order_mark_and_equal_ids_are_no_errors(tmp_path):
+    (tmp_path / "file.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(GOOD, GOOD))
+    assert len(data.load_questions(str(tmp_path / "file.jsonl"))) == 2
+
+
+def test_passages_without_a_single_word_are_an_error(tmp_path):
+    (tmp_path / "file.jsonl").write_bytes(lines({"title": "!", "text": "?!"}))
+    with pytest.raises(data.DataError, match="no word"):
+        data.open_retriever(str(tmp_path / "file.jsonl"), cache=str(tmp_path / "cache"))

@@ -30,6 +30,7 @@ FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
 CACHE_ROOM = 64  # columns by which a full cache grows
+PREFILL = 2**28  # most elements of an attention mask, which would be as large as rows * columns^2 for long prompts
 
 PROBLEM = (
     "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, which entity does "
@@ -532,14 +533,22 @@ class Sampler:
         left, left_mask = _pad_left(prefixes, self.pad_id, device)
         right, right_mask = _pad_left(rests, self.pad_id, device)
         group = torch.tensor([group for _, group in rows], device=device)
+        ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
+        self.prefill_tokens += left.numel() + right.numel()
         cache = _growing_cache(self.model.config) if self.share else None
         if left.shape[1]:
-            positions = (left_mask.cumsum(-1) - 1).clamp(min=0)
-            self.model(left, attention_mask=left_mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            self._fill(cache, left, left_mask)
             cache.batch_select_indices(group)
-        self.prefill_tokens += left.numel() + right.numel()
-        ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
+        if self.share and ids.numel() * right.shape[1] > PREFILL:
+            self._fill(cache, ids[:, :-1], mask[:, :-1])
         return [i for i, _ in rows], ids, mask, cache
+
+    def _fill(self, cache, ids, mask):
+        """Runs the columns that the cache lacks, so many at a time that the attention mask stays small."""
+        positions, size = (mask.cumsum(-1) - 1).clamp(min=0), max(PREFILL // ids.numel(), 1)
+        for start in range(cache.get_seq_length(), ids.shape[1], size):
+            end = min(start + size, ids.shape[1])
+            self.model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache, logits_to_keep=1)
 
     def _generate(self, batch, prompts, limits, keys, responses):
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper

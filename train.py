@@ -178,10 +178,11 @@ def start_ranks():
     patience = datetime.timedelta(hours=2)  # ranks finish their rollouts at different times
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:  # torchrun starts its ranks again on the same store, where the addresses of dead ones still stand
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return device
 
 

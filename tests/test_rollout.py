@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grpo
+import rollout as rollout_file
 import rollout
 from rollout import NO_MEMORY, TAGS, TEMPLATES, Prompts, Reader, Recaller, Sampler, Template, cleaner, gumbel_noise, shared_prefixes
 
@@ -292,6 +293,12 @@ def greedy():
 def test_greedy_tokens_equal_plain_generate_one_by_one(greedy, segment, kv_tokens):
     sampler = Sampler(tiny_model(), ENDS, temperature=0, segment=segment, kv_tokens=kv_tokens)
     assert sampler(PROMPTS, LIMITS, KEYS) == greedy
+
+
+@pytest.mark.parametrize("elements", [1, 150, 2000])
+def test_greedy_tokens_are_the_same_when_long_prompts_are_prefilled_in_pieces(greedy, elements, monkeypatch):
+    monkeypatch.setattr(rollout_file, "PREFILL", elements)
+    assert Sampler(tiny_model(), ENDS, temperature=0, segment=4)(PROMPTS, LIMITS, KEYS) == greedy
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])

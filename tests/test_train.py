@@ -40,14 +40,14 @@ train.main(sys.argv[1:])
 """
 
 
-def run(arguments, cwd, ranks=1, code=None):
+def run(arguments, cwd, ranks=1, code=None, restarts=0):
     """train.py (or `code`) in a process of its own, under torchrun for several ranks."""
     script = [str(ROOT / "train.py")]
     if code:
         script = [str(cwd / "script.py")]
         Path(*script).write_text(code.format(root=str(ROOT)))
     if ranks > 1:
-        script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *script]
+        script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--max-restarts", str(restarts), *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *script, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
 
@@ -335,6 +335,17 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one_bit
     done = run([*command, "--resume"], tmp_path, code=KILLED)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(tmp_path / "run", uninterrupted(*flags))
+
+
+@thorough
+def test_torchrun_recovers_by_itself_from_the_death_of_a_rank(pocket_model, uninterrupted, tmp_path, monkeypatch):
+    flags = ("--task", "memtrain", "--processes", "2")
+    whole = uninterrupted(*flags)
+    monkeypatch.setenv("KILL", "update 6")
+    monkeypatch.setenv("KILL_RANK", "1")
+    done = run(["--model", pocket_model, *STEPS, *flags, "--out", "run"], tmp_path, ranks=2, code=KILLED, restarts=2)
+    assert done.returncode == 0 and "-9" in done.stderr, done.stderr[-2000:]
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=thorough)])

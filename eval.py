@@ -133,7 +133,7 @@ def record_of(args, row, sample, agent, cut):
               "tokens": sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns),
               "peak_context": max(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns)}  # fmt: skip
     if isinstance(agent, Searcher):
-        record |= {"searches": len(turns) - (agent.answer is not None), "malformed": float(agent.malformed)}
+        record |= {"searches": agent.searches, "malformed": float(agent.malformed)}
     return record
 
 

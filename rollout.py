@@ -300,13 +300,14 @@ class Searcher(Agent):
     """Answers questions by searching; of the past it sees only its last turn and that turn's results (MEM1, section 3).
 
     problem: token ids; turns: most turns; result_tokens: results are cut to this. `query` is waiting for results, or None;
-    `answer` is the text between the answer tags, None without one; `malformed`: a turn closed neither tag, which ends it.
+    `answer` is the text between the answer tags, None without one; `malformed`: a turn closed neither tag, which ends it;
+    `searches`: queries that got results so far.
     """
 
     def __init__(self, prompts, problem, turns, answer_tokens, result_tokens=1024, key=(0,)):
         super().__init__(prompts, key)
         self.problem, self.turns_left, self.answer_tokens, self.result_tokens = problem, turns, answer_tokens, result_tokens
-        self.previous, self.query, self.answer, self.malformed = [], None, None, False
+        self.previous, self.query, self.answer, self.malformed, self.searches = [], None, None, False, 0
 
     def prompt(self):
         if self.turns_left and self.answer is None and not self.malformed:
@@ -330,7 +331,7 @@ class Searcher(Agent):
     def inform(self, passages):
         """Results of the last query: list of {"title", "text"}."""
         text = "\n".join(f"Passage {i} (title: {p['title']}) {p['text']}" for i, p in enumerate(passages, 1)) or "nothing found"
-        results = self.prompts.encode(text)[: self.result_tokens]
+        results, self.searches = self.prompts.encode(text)[: self.result_tokens], self.searches + 1
         self.previous, self.query = [*self.previous, *self.prompts.information[0], *results, *self.prompts.information[1]], None
 
 

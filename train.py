@@ -487,7 +487,8 @@ def interval(scores):
     """
     n, mean, z = len(scores), sum(scores) / len(scores), 1.959964
     middle, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return mean, round((middle - half) / (1 + z * z / n), 10), round((middle + half) / (1 + z * z / n), 10), n
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return mean, round(max(low, 0.0), 10), round(min(high, 1.0), 10), n
 
 
 # --------------------------------------------------------------------------------------------------------------- update
@@ -814,7 +815,7 @@ def step_metrics(groups, totals):
         "len": [len(turn.response_ids) for turn in turns],
         "turns": [len(agent.turns) for agent in agents],
         "malformed": [float(agent.malformed) for agent in agents if isinstance(agent, Searcher)],
-        "searches": [len(agent.turns) - (agent.answer is not None) for agent in agents if isinstance(agent, Searcher)],
+        "searches": [agent.searches for agent in agents if isinstance(agent, Searcher)],
     }
     ranks = everyone(({name: (sum(values), len(values)) for name, values in local.items()}, totals))
     metrics = {}

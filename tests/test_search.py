@@ -50,13 +50,13 @@ def test_a_response_ends_at_the_token_that_completes_its_first_closing_tag(promp
 
 def test_a_turn_that_closes_no_tag_ends_the_episode_without_an_answer(prompts):
     agent = play(prompts, ["<think>hm</think> <search>Rome"])
-    assert len(agent.turns) == 1 and agent.malformed and agent.answer is None
+    assert len(agent.turns) == 1 and agent.malformed and agent.answer is None and agent.searches == 0
     assert train.search_reward(agent, [["Italy"], ["river"]]) == 0
 
 
 def test_the_last_turn_may_not_search(prompts):
     agent = play(prompts, [FIRST, SECOND], turns=2)
-    assert len(agent.turns) == 2 and agent.answer is None and agent.query is None
+    assert len(agent.turns) == 2 and agent.answer is None and agent.query is None and agent.searches == 1
 
 
 def test_results_are_cut_and_forge_nothing(prompts):
@@ -88,5 +88,5 @@ def test_a_model_that_searches_the_question_and_copies_scores_as_by_hand(prompts
     """Two searches, then the last words of what was found: right for the first question, wrong for the second."""
     agent = play(prompts, ["<think></think><search>Where is Rome?</search>", "<think>Italy</think><search>What is the Nile?</search>",
                            "<think>Italy, river</think><answer>Italy; desert</answer>"])  # fmt: skip
-    assert train.search_reward(agent, [["Italy"], ["river"]]) == 0.5
+    assert train.search_reward(agent, [["Italy"], ["river"]]) == 0.5 and agent.searches == 2
     assert rewards.split_answers(agent.answer, 2) == ["Italy", "desert"]

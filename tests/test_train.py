@@ -290,7 +290,7 @@ train.main(sys.argv[1:])
 """
 )
 thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="minutes: set THOROUGH=1 to run every case")
-STEPS = [*SIZES[:-2], "--steps", "4", "--documents_per_update", "2", "--save_every", "1", "--lr", "1e-3", "--kl", "0.1", "--eval_documents", "0"]
+STEPS = [*SIZES[:-2], "--steps", "4", "--documents_per_update", "2", "--save_every", "1", "--keep", "9", "--lr", "1e-3", "--kl", "0.1", "--eval_documents", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +335,20 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one_bit
     done = run([*command, "--resume"], tmp_path, code=KILLED)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(tmp_path / "run", uninterrupted(*flags))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(uninterrupted, pocket_model, tmp_path):
+    shutil.copytree(uninterrupted("--task", "memtrain", "--processes", "2"), tmp_path / "run")
+    for later in ("000003", "000004"):
+        shutil.rmtree(tmp_path / "run" / f"step-{later}", ignore_errors=True)
+    done = run(["--model", pocket_model, *STEPS, "--task", "memtrain", "--processes", "1", "--resume", "--out", "run"], tmp_path, code=KILLED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = uninterrupted("--task", "memtrain", "--processes", "1")
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+    ids = [[json.loads(line)["id"] for line in (folder / "samples.jsonl").read_text().splitlines()] for folder in (tmp_path / "run", whole)]
+    assert ids[0][-1] == ids[1][-1]
+    for name, value in weights_of(whole / "step-000004").items():
+        torch.testing.assert_close(value, weights_of(tmp_path / "run/step-000004")[name], rtol=1e-3, atol=1e-4)
 
 
 @thorough

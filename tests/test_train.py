@@ -36,6 +36,7 @@ sys.path.insert(0, {root!r})
 import rewards, train
 rewards.extract_boxed = lambda text: text
 rewards.exact_match = lambda answer, golds: float(zlib.crc32((answer or "").encode()) % 3 == 0)
+train.search_reward = lambda agent, golds: float(zlib.crc32(str(agent.turns[-1].response_ids).encode()) % 3 == 0)
 train.main(sys.argv[1:])
 """
 
@@ -310,7 +311,7 @@ def uninterrupted(pocket_model, tmp_path_factory):
 
 def assert_same_run(a, b, steps=4):
     assert [line["step"] for line in metrics_of(a)] == list(range(1, steps + 1)) and metrics_of(a) == metrics_of(b)
-    assert metrics_of(a)[-1]["grad"] > 0 and (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    assert any(line["grad"] > 0 for line in metrics_of(a)) and (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
     for name, value in weights_of(a / f"step-{steps:06d}").items():
         assert torch.equal(value, weights_of(b / f"step-{steps:06d}")[name])
 

@@ -1,7 +1,10 @@
 """Shared by the tests: small models of three architectures and a tokenizer, all made on the spot and without a download."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; before transformers is imported
 
 import pytest
 import torch

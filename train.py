@@ -677,9 +677,9 @@ def course(cfg, material):
 
 
 def check_course(cfg, now):
-    """Refuses to go on with a run under other settings or data; takes over its KV budget, for the same batches as before."""
+    """Refuses to go on with a run under other settings or data; takes over its KV budget, unless another was asked for."""
     before = json.loads(Path(cfg.out, "config.json").read_text())
-    cfg.kv_tokens = before["kv_tokens"]
+    cfg.kv_tokens = cfg.kv_tokens or before["kv_tokens"]
     changed = [f"{name} was {before.get(name)} and is {value}" for name, value in now.items() if before.get(name) != value]
     if changed and not cfg.force:
         raise ValueError(f"--resume: {cfg.out} was begun otherwise ({'; '.join(changed)}): put that back, or add --force")
@@ -715,9 +715,11 @@ def noted_signals():
 
     for number in before:
         signal.signal(number, note)
-    yield noted
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ warm start
@@ -745,7 +747,7 @@ def demonstrations(prompts, stage, step, seed):
 
 def warm_start(seed):
     """The pocket model, taught the form of the task by demonstrations: rollout() with tiny's oracle in the sampler's place,
-    then fine-tuning on the recorded turns, divided over ranks. Kept in cache/ under a key of its settings and its first demonstrations. -> its folder"""
+    then fine-tuning on the recorded turns, divided over ranks. -> its folder in cache/, named by a hash of what it learned from"""
     recipe, rank = tiny.WARM_START, dist.get_rank()
     tokenizer, lm = tiny.tokenizer(), tiny.model(seed)
     lm.config.memtrain_world = "tiny"

@@ -172,7 +172,7 @@ def gradient(cfg, sequences, old=None, ref=None):
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
 def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, aggregate):
-    cfg, sequences = train.Config(aggregate=aggregate, max_grad_norm=1e9, kl=0.1), some_sequences()
+    cfg, sequences = train.Config(aggregate=aggregate, max_grad_norm=1e9, kl=0.1, temperature=0.7), some_sequences()
     generator = torch.Generator().manual_seed(1)
     old, ref = ([-3 + torch.rand(len(s.response), generator=generator) for s in sequences] for _ in range(2))
     ours = gradient(cfg, sequences, old, ref)
@@ -182,7 +182,7 @@ def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, aggregate):
     tokens = sum(len(s.response) for s in sequences)
     for s, o, r in zip(sequences, old, ref):
         ids = torch.tensor([s.prompt + s.response])
-        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(s.prompt) - 1 :, 0]
+        logps = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, ids[0, 1:, None])[len(s.prompt) - 1 :, 0]
         ratio, d = (logps - o).exp(), r - logps
         surrogate = torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)
         weight = {"sequence": 1 / (len(turns_of) * turns_of[s.document] * len(s.response)), "token": 1 / tokens,

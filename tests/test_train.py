@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+import data
 import grpo
 import rewards
 import tiny
@@ -121,6 +122,20 @@ def test_rewards_stay_with_their_rows_and_follow_the_objective(objective):
             assert whole[slot].correct[j] == right
             bonus = 0.5 * sum(recalls[slot, j].rewards) / 2 if objective == "full" else 0.0
             assert whole[slot].rewards[j] == right + bonus
+
+
+def test_a_recall_reads_the_memory_that_was_written_at_its_step(monkeypatch):
+    prompts, drawn, draw = train.Prompts(tiny.tokenizer(), tiny.TEMPLATES), [], data.draw_recall
+    monkeypatch.setattr(data, "draw_recall", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+
+    def sampler(asked, limits, keys):  # memory number t is the name of city t
+        return [[*prompts.encode(tiny.CITIES[key[-1] + 1]), prompts.tokenizer.eos_token_id] for key in keys]
+
+    kit = train.Kit(train.Config(**tiny.CONFIG | {"recall_draw": "trajectory"}), prompts, tiny.PROBLEM, sampler)
+    groups = train.read_and_recall(kit, {0: tiny.documents(1, seed=5)[0]}, group=8, recalls=2, salt="x")
+    asked = [group.agents[0].ids for group in groups if group.kind == "recall"]
+    assert asked == [prompts.recall(memory=prompts.encode(tiny.CITIES[recall.k]), section=recall.ids) for recall in drawn]
+    assert len({recall.k for recall in drawn}) > 1
 
 
 def test_advantages_are_made_on_trajectories_and_flat_groups_are_left_out():
@@ -397,6 +412,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(file, finis
     path.write_bytes(content)
     done = resumed(tmp_path, pocket_model)
     assert done.returncode == 0 and "step-000004" in done.stderr and "is damaged" in done.stderr, done.stderr[-2000:]
+    assert "step 0003/" not in done.stdout + done.stderr and "step 0004/" in done.stdout + done.stderr  # the newest that is intact
     assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3, 4, 5] and (finished / "damaged-step-000004").exists()
 
 

@@ -323,12 +323,10 @@ def guesses(rows, room):
     """What needs no model: exact match of a memory of random facts, of one that keeps what is asked for, and of a guess."""
     scores = {"random facts": [], "oracle memory": [], "guess": []}
     for row in rows:
-        facts, (asked, verb), rng = _read(row["context"].split()), row["question"].split()[:2], random.Random(row["id"])
-        options = HABITS[verb]
+        facts, question, rng = _read(row["context"].split()), row["question"].split(), random.Random(row["id"])
         kept = [fact for fact in facts if rng.random() < min(1, room / len(facts))]
-        for name, memory in ("random facts", kept), ("oracle memory", [fact for fact in facts if fact[0] == asked]), ("guess", []):
-            found = next((o for s, v, o in memory if (s, v) == (asked, verb)), None) or rng.choice(options)
-            scores[name].append(found in row["answers"])
+        for name, memory in ("random facts", kept), ("oracle memory", [fact for fact in facts if fact[0] == question[0]]), ("guess", []):
+            scores[name].append(_answer(question, sum(memory, []), rng) in row["answers"])
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
@@ -376,9 +374,10 @@ def study(args):
 
 def report(out, results, lengths, seeds, count):
     """Prints and writes the table of a study, and draws it."""
+    trained = arms(0, 0)
     lines = ["| exact match in % | " + " | ".join(f"{n}x" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     for name, row in results.items():
-        cells = [f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None and name in arms(0, 0) else "") for mean, half in (spread(row[n]) for n in lengths)]
+        cells = [f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None and name in trained else "") for mean, half in (spread(row[n]) for n in lengths)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     note = f"{seeds} seed{'s' * (seeds > 1)}, {count} questions a length, lengths in trained documents of {CONFIG['chunks']} chunks; ± half a 95 % interval over seeds"
     (out / "table.md").write_text("\n".join([*lines, "", note, ""]))
@@ -392,7 +391,7 @@ def report(out, results, lengths, seeds, count):
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, row in results.items():
         means, halves = zip(*(spread(row[n]) for n in lengths))
-        style = {"marker": "o"} if name in arms(0, 0) else {"linestyle": ":", "color": "grey"}
+        style = {"marker": "o"} if name in trained else {"linestyle": ":", "color": "grey"}
         axes.errorbar(lengths, means, [half or 0 for half in halves], label=name, capsize=2, **style)
     axes.set(xscale="log", xticks=lengths, xticklabels=[f"{n}x" for n in lengths], ylim=(0, 1), xlabel="length", ylabel="exact match")
     axes.legend(fontsize=7, ncols=2)

@@ -193,9 +193,14 @@ def everyone(value):
     return values
 
 
+def checkpoints(run):
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted(Path(run).glob("step-*[0-9]"))
+
+
 def checkpoint_path(model):
     """A run's folder stands for its newest checkpoint; anything else for itself."""
-    saved = sorted(Path(model).glob("step-*[0-9]"))
+    saved = checkpoints(model)
     return str(saved[-1]) if saved else model
 
 
@@ -351,6 +356,11 @@ def check_budget(cfg, prompts, material, problem, lm):
                          f"--chunk_tokens {cfg.chunk_tokens}, --memory_tokens {cfg.memory_tokens}, --answer_tokens {cfg.answer_tokens} or --result_tokens {cfg.result_tokens}")  # fmt: skip
 
 
+def divided(rows):
+    """This rank's share of rows, {slot: row}."""
+    return {slot: rows[slot] for slot in range(dist.get_rank(), len(rows), dist.get_world_size())}
+
+
 def rows_of_step(cfg, rows, step):
     """This rank's share of a step: {slot: row}. A function of (seed, step) alone; every epoch is another permutation."""
     mine = {}
@@ -469,11 +479,10 @@ def look(kit, policy, rows):
     """Exact match on held-out rows, one trajectory and one recall each, sampled as in training.
 
     -> {kind: (mean, low, high, n)} with a 95 % interval; the same noise at every look, and on any number of ranks."""
-    mine = {slot: rows[slot] for slot in range(dist.get_rank(), len(rows), dist.get_world_size())}
     kit = kit._replace(cfg=dataclasses.replace(kit.cfg, objective="full"))
     kit.sampler.step = "held-out"
     with torch.no_grad(), gathered(policy):
-        groups = play(kit, mine, group=1, recalls=1, salt="held-out")
+        groups = play(kit, divided(rows), group=1, recalls=1, salt="held-out")
     ranks = everyone([(group.kind, group.correct[0]) for group in groups])
     scores = {kind: [score for rank in ranks for k, score in rank if k == kind] for kind in ("trajectory", "recall")}
     return {kind: interval(values) for kind, values in scores.items() if values}
@@ -483,7 +492,7 @@ def interval(scores):
     """Mean of scores in 0..1 with Wilson's 95 % interval: (mean, low, high, n). It stays inside 0..1 and is wide at 0 of n.
 
     >>> interval([1.0, 0.0, 1.0, 1.0])
-    (0.75, 0.3006418423, 0.9544127391, 4)
+    (0.75, 0.3006418401, 0.9544127397, 4)
     """
     n, mean, z = len(scores), sum(scores) / len(scores), 1.959964
     middle, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -611,7 +620,7 @@ def save_checkpoint(cfg, policy, optimizer, tokenizer, step):
         (partial / DIGESTS).write_text(json.dumps(written, indent=0) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(Path(cfg.out).glob("step-*[0-9]"))[: -cfg.keep]:
+        for old in checkpoints(cfg.out)[: -cfg.keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -653,8 +662,8 @@ def checkpoint_to_resume(cfg):
     out = Path(cfg.out)
     if out.exists() and any(out.iterdir()) and not cfg.resume:
         raise ValueError(f"--out {out} holds a run already: add --resume to go on with it, or choose another folder")
-    saved = sorted(out.glob("step-*[0-9]"), reverse=True)
-    for folder in saved:
+    saved = checkpoints(out)
+    for folder in reversed(saved):
         if not (file := damage(folder)):
             return folder
         if dist.get_rank() == 0:
@@ -732,12 +741,9 @@ def demonstrations(prompts, stage, step, seed):
     searching = kit._replace(cfg=Config(**tiny.CONFIG | tiny.CONFIG_OF_TASK["searchqa"]), search=tiny.lookup(tiny.passages(fresh)))
     pairs = data.pair_questions(tiny.search_questions(2 * count["searches"], fresh), 2)
 
-    def mine(rows):
-        return {i: rows[i] for i in range(dist.get_rank(), len(rows), dist.get_world_size())}
-
-    groups = read_and_recall(kit, mine(tiny.documents(count["documents"], fresh, stage["chunks"])), group=1, recalls=2, salt=fresh)
-    groups += read_documents(kit, mine(tiny.questions(count["questions"], fresh, stage["chunks"])), group=1)
-    turns = [("search", turn) for group in search_and_answer(searching, mine(pairs), group=1) for turn in group.agents[0].turns]
+    groups = read_and_recall(kit, divided(tiny.documents(count["documents"], fresh, stage["chunks"])), group=1, recalls=2, salt=fresh)
+    groups += read_documents(kit, divided(tiny.questions(count["questions"], fresh, stage["chunks"])), group=1)
+    turns = [("search", turn) for group in search_and_answer(searching, divided(pairs), group=1) for turn in group.agents[0].turns]
     for group in groups:
         for agent in group.agents:
             turns += [("update", turn) for turn in agent.turns[:-1]]

@@ -1,5 +1,6 @@
 """eval.py: scripted models whose scores are known by hand, resuming, ranks, tables, curves."""
 
+import doctest
 import json
 import os
 import re
@@ -116,6 +117,12 @@ def test_a_whole_document_is_cut_in_the_middle_to_the_context_and_says_so(tokeni
     assert not cut and text in prompts.text(whole.ids)
     short, cut = evaluation.whole_document(kit, row, 512, (0,))
     assert cut and len(short.ids) + 16 == 512 and "word0 " in prompts.text(short.ids) and "word399" in prompts.text(short.ids)
+
+
+def test_the_examples_in_the_docstrings_hold():
+    for module in (evaluation, train):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed
 
 
 def test_the_interval_is_wilsons_and_stays_inside():

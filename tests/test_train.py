@@ -393,9 +393,9 @@ def test_a_signal_lets_the_step_finish_and_saves_it(number, uninterrupted, pocke
     assert_same_run(tmp_path / "run", uninterrupted(*flags))
 
 
-def resumed(folder, pocket_model, *flags):
+def resumed(folder, pocket_model, *flags, code=KILLED):
     """train.py --resume on a copy of a finished run, one step further."""
-    return run(["--model", pocket_model, *STEPS, "--task", "memtrain", "--processes", "1", "--steps", "5", "--resume", *flags, "--out", "run"], folder, code=KILLED)
+    return run(["--model", pocket_model, *STEPS, "--task", "memtrain", "--processes", "1", "--steps", "5", "--resume", *flags, "--out", "run"], folder, code=code)
 
 
 @pytest.fixture
@@ -426,7 +426,7 @@ def test_a_run_is_not_resumed_under_other_settings_or_data_unless_forced(finishe
 
 def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_last_checkpoint_intact(finished, pocket_model, tmp_path):
     limited = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n" + KILLED  # no file above 1 MB, as if the disk were full
-    done = run(["--model", pocket_model, *STEPS, "--task", "memtrain", "--processes", "1", "--steps", "5", "--resume", "--out", "run"], tmp_path, code=limited)
+    done = resumed(tmp_path, pocket_model, code=limited)
     line = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode == 2 and len(line) == 1 and "step-000005 could not be saved" in line[0] and "GB free" in line[0], done.stderr[-2000:]
     assert resumed(tmp_path, pocket_model).returncode == 0 and len(metrics_of(finished)) == 5

@@ -35,7 +35,6 @@ from rollout import PROBLEM, TEMPLATES, Asker, Prompts, Reader, Sampler, Searche
 SIZES = ("chunk_tokens", "memory_tokens", "answer_tokens", "kv_tokens", "segment", "prompt_order", "eval_documents", "seed", "chunks",
          "retriever", "encoder", "passages", "result_tokens", "objectives", "turns")  # fmt: skip
 SCORES = {"em": rewards.exact_match, "sub_em": rewards.sub_exact_match, "f1": rewards.token_f1, "memagent_sub_em": rewards.memagent_sub_em}
-BATCH = 32  # samples in lock step on each rank, and between two writes
 
 
 def parse(argv=None):
@@ -50,6 +49,7 @@ def parse(argv=None):
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling [0.7]; memtrain: 1.0, as in training")
     parser.add_argument("--top_p", type=float, default=0.95, help="of sampling [0.95]; memtrain: 1.0")
     parser.add_argument("--samples", type=int, default=1, help="answers to every question [1]")
+    parser.add_argument("--batch", type=int, default=32, help="samples in lock step on each rank; what a stopped evaluation loses [32]")
     for item in dataclasses.fields(train.Config):
         if item.name in SIZES:
             parser.add_argument(f"--{item.name}", type=type(item.default), choices=train.CHOICES.get(item.name), help="as in train.py; default: the run's")
@@ -152,8 +152,8 @@ def run_set(args, kit, policy, name, rows):
     bar = tqdm(total=len(rows) * args.samples, initial=len(rows) * args.samples - len(todo), desc=name, disable=dist.get_rank() > 0)
     kit.sampler.step = name
     with torch.no_grad(), train.gathered(policy), (parts / f"{name}.rank{dist.get_rank()}.jsonl").open("a") as file:
-        for first in range(0, len(mine), BATCH):
-            batch, clock = mine[first : first + BATCH], time.time()
+        for first in range(0, len(mine), args.batch):
+            batch, clock = mine[first : first + args.batch], time.time()
             agents = [make_agent(args, kit, rows[i], (i, s), kit.sampler.model.config.max_position_embeddings) for i, s in batch]
             rollout([agent for agent, _ in agents], kit.sampler, kit.search)
             seconds = (time.time() - clock) / len(batch)

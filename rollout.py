@@ -29,6 +29,7 @@ TAGS = ("problem", "memory", "section", "think", "search", "answer", "informatio
 FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
+ATTENTION = "stored_once"  # the name of our attention function in transformers' AttentionInterface
 CACHE_ROOM = 64  # columns by which a full cache grows
 PREFILL = 2**28  # most elements of an attention mask, which would be as large as rows * columns^2 for long prompts
 
@@ -432,14 +433,20 @@ def _common_prefix(a, b):
     return low
 
 
-def _growing_cache(config):
-    """transformers' cache for full attention, with room for what is to come: new keys and values are written into it, where
-    concatenation would copy the whole cache at every token."""
+def _prefix_cache(config):
+    """transformers' cache for full attention, in which a prefix that rows have in common is stored once.
+
+    After `share(group)`, what was cached is one prefix for every group (Q, H, P, D), row i belongs to group[i], and what comes
+    is each row's own (B, H, N, D). That is written into room kept free for it, where concatenation would copy it at every token.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    class GrowingLayer(DynamicLayer):
-        room = {}  # "keys", "values" -> (buffer, the part of it in use, as last seen)
+    class PrefixLayer(DynamicLayer):
+        prefix, room = None, {}  # room: "keys", "values" -> (buffer, the part of it in use, as last seen)
+
+        def get_seq_length(self):
+            return super().get_seq_length() + (self.prefix[0].shape[-2] if self.prefix else 0)
 
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
@@ -459,22 +466,77 @@ def _growing_cache(config):
             self.room[name] = buffer, buffer[..., :end, :]
             return self.room[name][1]
 
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() for _ in cache.layers]
+    class PrefixCache(DynamicCache):
+        group = None  # (B,) of every row; place: (B,) of a row in its group; members: (Q, G) rows of a group, filled up with row 0
+
+        def share(self, group):
+            for layer in self.layers:
+                layer.prefix, layer.keys, layer.values, layer.is_initialized = (layer.keys, layer.values), None, None, False
+            self._regroup(group)
+
+        def _regroup(self, group):
+            self.group, same = group, group[:, None] == group
+            self.place = same.tril(-1).sum(1)
+            self.members = group.new_zeros(int(group.max()) + 1, int(self.place.max()) + 1)
+            self.members[group, self.place] = torch.arange(len(group), device=group.device)
+
+        def batch_select_indices(self, indices):
+            super().batch_select_indices(indices)
+            if self.group is not None:
+                kept, group = self.group[indices].unique(return_inverse=True)
+                if len(kept) < len(self.members):
+                    for layer in self.layers:
+                        layer.prefix = tuple(shared[kept] for shared in layer.prefix)
+                self._regroup(group)
+
+    cache = PrefixCache(config=config)
+    cache.layers = [PrefixLayer() for _ in cache.layers]
     return cache
+
+
+def prefix_attention(module, query, key, value, attention_mask, scaling=None, *, cache, **kwargs):
+    """Attention of rows (B, H, 1, D) to their group's prefix in `cache`, and to their own key and value (B, H or fewer, N, D):
+    each part by itself, all rows of a group at once to its prefix, then merged by the log-sum-exp of their scores.
+
+    Several queries a row (a prompt that is read) see a copy of the prefix, which lives for this layer alone."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    prefix = cache.layers[module.layer_idx].prefix
+    if prefix and query.shape[2] > 1:
+        key, value = (torch.cat([shared[cache.group], own], 2) for shared, own in zip(prefix, (key, value)))
+    if not prefix or query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (rows, heads, width), (groups, most), length = key[:, :, 0].shape, cache.members.shape, prefix[0].shape[2]
+    scaling, query = scaling or width**-0.5, query.view(rows, heads, -1, width)  # heads that share keys: side by side, as queries
+    shared_mask = own_mask = None
+    if attention_mask is not None:
+        shared_mask, own_mask = attention_mask[cache.members[:, 0], :, :, :length], attention_mask[..., length:]
+    together = query[cache.members].transpose(1, 2).reshape(groups, heads, -1, width)
+    shared, shared_weight = (x.view(groups, heads, most, -1, x.shape[-1])[cache.group, :, cache.place] for x in _scored(together, *prefix, shared_mask, scaling))
+    own, own_weight = _scored(query, key, value, own_mask, scaling)
+    return own.lerp(shared, (shared_weight - own_weight).sigmoid().to(own.dtype)).reshape(rows, 1, -1, width), None
+
+
+def _scored(query, key, value, mask, scaling):
+    """-> (softmax(scaling * query key^T) value, the log-sum-exp of these scores in fp32)"""
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)  # finite: a group without a prefix has weight 0, not nan
+    weight = scores.logsumexp(-1, keepdim=True)
+    return (scores - weight).exp().to(value.dtype) @ value, weight
 
 
 class Sampler:
     """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> list of response id lists.
 
-    A response ends with its end token, unless its limit cut it. Prompts that are equal or begin alike are prefilled once
-    and their cache is repeated; rows are packed under `kv_tokens` (rows * columns of the cache); after every `segment` new
-    tokens, finished rows leave the batch. Greedy where temperature is 0.
+    A response ends with its end token, unless its limit cut it. Of prompts that are equal or begin alike, what they have in
+    common is prefilled once and stored once; rows are packed under `kv_tokens`, the tokens that the cache may hold, padding
+    included; after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
 
     model: a causal language model; end_ids, pad_id: its end tokens and any id for padding; seed, step: part of the noise's
     key, as are the keys given with every call; stop: None, or ids -> how many of them make a whole response that needs no
-    end token, None while there is none (asked between segments); share: False for a model whose cache can't be repeated
-    and cut (state-space layers, sliding windows): every batch is then one plain `generate`.
+    end token, None while there is none (asked between segments); share: False for a model with other than plain full
+    attention in every layer (state-space layers, sliding windows, soft caps): every batch is then one plain `generate`.
     """
 
     def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0, stop=None, share=True):
@@ -482,6 +544,7 @@ class Sampler:
         self.temperature, self.top_p, self.kv_tokens, self.segment = temperature, top_p, kv_tokens, segment
         self.seed, self.step, self.stop, self.share = seed, 0, stop, share
         self.prefill_tokens = self.decode_tokens = 0  # row-tokens that went through the model, padding included
+        self.cache = None  # of the batch that is being sampled
 
     @torch.no_grad()
     def __call__(self, prompts, limits, keys):
@@ -493,36 +556,47 @@ class Sampler:
 
     @contextlib.contextmanager
     def _own_settings(self):
-        """eval() (checkpointing and dropout spoil generation) and a fresh generation_config on the model itself: fields
-        left unset in one that is passed to `generate` would be filled from the checkpoint's (top_k, repetition_penalty)."""
-        from transformers import GenerationConfig
+        """eval() (checkpointing and dropout spoil generation), our attention, and a fresh generation_config on the model itself:
+        fields left unset in one that is passed to `generate` would be filled from the checkpoint's (top_k, repetition_penalty)."""
+        from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+        from transformers.masking_utils import sdpa_mask
 
-        shipped, training = self.model.generation_config, self.model.training
+        shipped, training, attention = self.model.generation_config, self.model.training, self.model.config._attn_implementation
         self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id)
         self.model.eval()
+        if self.share:
+            AttentionInterface.register(ATTENTION, lambda *args, **kwargs: prefix_attention(*args, cache=self.cache, **kwargs))
+            AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without one of that name, left padding would be ignored
+            self.model.set_attn_implementation(ATTENTION)
         try:
             yield
         finally:
-            self.model.generation_config = shipped
+            self.cache, self.model.generation_config = None, shipped
+            self.model.set_attn_implementation(attention)
             self.model.train(training)
 
     def _batches(self, prompts, limits):
-        """Groups -> batches of groups, longest first; rows * columns of each stay within kv_tokens (one row always fits)."""
-        def columns(groups):  # the widest shared prefix, rest of a prompt and response stand side by side
-            rows = [(n, len(prompts[i]) - n, limits[i]) for n, members in groups for i in members]
-            return sum(map(max, zip(*rows)))
+        """Groups -> batches of groups, longest first; what each puts into the cache stays within kv_tokens (one row always fits)."""
+        def size(batch):  # -> (columns of the prefixes, which groups store once, columns that every row has of its own)
+            rests, most = zip(*((len(prompts[i]) - n, limits[i]) for n, members in batch for i in members))
+            return max(n for n, _ in batch), max(rests) + max(most)
+
+        def tokens(batch):
+            shared, own = size(batch)
+            return len(batch) * shared + sum(len(members) for _, members in batch) * own
 
         groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         batches, batch = [], []
-        for prefix, rows in sorted(groups, key=lambda group: -columns([group])):
-            while rows:
-                room = self.kv_tokens // columns([*batch, (prefix, rows)]) - sum(len(rows) for _, rows in batch)
-                if batch and room < len(rows):  # a group is split only when it is too large for a batch of its own
-                    batches.append(batch)
-                    batch = []
-                else:
-                    batch.append((prefix, rows[: max(room, 1)]))
-                    rows = rows[max(room, 1) :]
+        for prefix, rows in sorted(groups, key=lambda group: -sum(size([group]))):
+            if batch and tokens([*batch, (prefix, rows)]) > self.kv_tokens:
+                batches.append(batch)
+                batch = []
+            shared, own = size([(prefix, rows)])
+            most = max((self.kv_tokens - shared) // own, 1)
+            while not batch and len(rows) > most:  # a group is split only when it is too large for a batch of its own
+                batches.append([(prefix, rows[:most])])
+                rows = rows[most:]
+            batch.append((prefix, rows))
         return [*batches, batch] if batch else batches
 
     def _prefill(self, batch, prompts):
@@ -536,10 +610,11 @@ class Sampler:
         group = torch.tensor([group for _, group in rows], device=device)
         ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
         self.prefill_tokens += left.numel() + right.numel()
-        cache = _growing_cache(self.model.config) if self.share else None
+        self.cache = cache = _prefix_cache(self.model.config) if self.share else None
         if left.shape[1]:
             self._fill(cache, left, left_mask)
-            cache.batch_select_indices(group)
+            if len(rows) > len(batch):  # with one row a group there is nothing to share, and one attention is faster than two
+                cache.share(group)
         if self.share and ids.numel() * right.shape[1] > PREFILL:
             self._fill(cache, ids[:, :-1], mask[:, :-1])
         return [i for i, _ in rows], ids, mask, cache

@@ -9,10 +9,13 @@ encyclopedia, which the warm start puts into the model. What people like, own, p
 that nothing but memory can answer for it. A masked document hides one city, with two clues in different chunks, among facts about
 people and other cities: what the mask stands for must be inferred from what was kept of several chunks and what the model knows.
 
+Long-text questions are about a person with two facts in the document, however long that is; all else is about others.
+
 The oracle stands in the sampler's place in rollout(): it reads a prompt and writes the response of a model that copies faithfully
-but has no sense of relevance: it takes up two facts of five that it reads, whatever the question. Fine-tuning on the turns that it leaves
-behind is the warm start (WARM_START). Such a coin is the weakness on purpose: a policy that drifts under noise, or is merely
-sampled more sharply, gains nothing by it, so a rising curve means that the reward was understood (--shuffle_rewards shows it).
+but has a poor sense of relevance: it takes up every second fact about what the problem names, and three of ten others, and drops
+any when its memory is full. Fine-tuning on the turns that it leaves behind is the warm start (WARM_START). Such coins are the
+weakness on purpose: a policy that drifts under noise, or is merely sampled more sharply, gains nothing by them, so a rising curve
+means that the reward was understood (--shuffle_rewards shows it).
 
 How it differs from real data:
 1. Every word is one token, every fact three; chunks of a multiple of three tokens never cut a fact (others work, and cut some).
@@ -29,6 +32,8 @@ import re
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -74,14 +79,14 @@ TEMPLATES = {
 }
 
 TRAIN_DOCUMENTS, HELDOUT_SEED = 2048, 10**9  # training draws from seeds below, held-out rows from this one
-CONFIG = dict(steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=16,
+CONFIG = dict(steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document", chunks=4, chunk_tokens=6, memory_tokens=13,
               answer_tokens=6, lr=2e-4, kl=2e-2, warmup_steps=3, beta2=0.98, eval_every=8, gradient_checkpointing=False)
 CONFIG_OF_TASK = {"longqa": dict(aggregate="sequence"), "searchqa": dict(aggregate="sequence", answer_tokens=24)}
 # Muon for the matrices (lr), AdamW for embeddings and norms (lr_rest): copying takes about two thirds of AdamW's steps. In the end
 # the last norm is multiplied by `sharpen`, as if sampled at temperature 1 / sharpen: so small a model copies too noisily at 1.
 WARM_START = dict(lr=5e-3, lr_rest=3e-3, sharpen=2.0, stages=[
-    dict(steps=150, chunks=2, rows=dict(documents=7, questions=3, searches=2)),
-    dict(steps=600, chunks=4, rows=dict(documents=14, questions=6, searches=4)),
+    dict(steps=150, chunks=2, rows=dict(documents=5, questions=5, searches=2)),
+    dict(steps=600, chunks=4, rows=dict(documents=10, questions=10, searches=4)),
 ])
 
 
@@ -127,17 +132,28 @@ def model(seed=0):
 
 
 # ---------------------------------------------------------------- documents and questions
-def _facts(rng, count, city):
-    """`count` facts [subject, verb, object] for one document: people's habits, and a fifth about cities other than `city`.
+def _document(rng, hints, chunks):
+    """Facts [subject, verb, object] of one document, in order: `hints`, all of one subject and in different chunks where there are
+    enough, among people's habits and a fifth of facts about cities, none of them of that subject.
 
-    Verbs and objects are dealt like cards, so that those of a short document differ; very long documents say facts twice."""
+    Verbs and objects are dealt like cards, so that those of a short document differ; very long ones say facts twice."""
+    subject, taken = hints[0][0], [verb for _, verb, _ in hints]
     who = {verb: rng.sample(PEOPLE, len(PEOPLE)) for verb in HABITS}
     what = {verb: [thing for _ in range(3) for thing in rng.sample(things, len(things))] for verb, things in HABITS.items()}
-    habits = [[who[verb][i], verb, what[verb][i]] for i in range(len(PEOPLE)) for verb in rng.sample(list(HABITS), len(HABITS))]
-    known = [[other, verb, thing] for other in CITIES for verb, thing in ENCYCLOPEDIA[other].items() if other != city]
+    deals = [sorted(rng.sample(list(HABITS), len(HABITS)), key=taken.__contains__) for _ in PEOPLE]
+    habits = [[who[verb][i], verb, what[verb][i]] for i, verbs in enumerate(deals) for verb in verbs if who[verb][i] != subject]
+    known = [[city, verb, thing] for city in CITIES for verb, thing in ENCYCLOPEDIA[city].items() if city != subject]
     rng.shuffle(known)
+    count = chunks * FACTS_PER_CHUNK - len(hints)
     decks = [itertools.cycle(habits), itertools.cycle(known)]
-    return [next(decks[kind]) for kind in rng.sample([1] * (count // 5) + [0] * (count - count // 5), count)]
+    others = [next(decks[kind]) for kind in rng.sample([1] * (count // 5) + [0] * (count - count // 5), count)]
+    places = rng.sample(range(chunks), len(hints)) if chunks >= len(hints) else [i % chunks for i in range(len(hints))]
+    parts = [[hint for hint, place in zip(hints, places) if place == part] for part in range(chunks)]
+    for part in parts:
+        while len(part) < FACTS_PER_CHUNK:
+            part.append(others.pop())
+        rng.shuffle(part)
+    return sum(parts, [])
 
 
 def _write(facts, answer=None):
@@ -162,26 +178,21 @@ def documents(count, seed, chunks=4, clues=2):
         rng = random.Random(f"document {seed} {i} {chunks}")
         answer = rng.choice(CITIES)
         hints = [[answer, verb, ENCYCLOPEDIA[answer][verb]] for verb in rng.sample(list(CLUES), clues)]
-        size = FACTS_PER_CHUNK
-        facts = _facts(rng, chunks * size - clues, answer)
-        places = rng.sample(range(chunks), clues) if chunks >= clues else [j % chunks for j in range(clues)]
-        parts = [[hint for hint, place in zip(hints, places) if place == part] for part in range(chunks)]
-        for part in parts:
-            while len(part) < size:
-                part.append(facts.pop())
-            rng.shuffle(part)
-        text, spans = _write(sum(parts, []), answer)
+        text, spans = _write(_document(rng, hints, chunks), answer)
         rows.append({"id": f"tiny-{seed}-{i}", "text": text, "answer": answer, "entities": spans})
     return rows
 
 
-def questions(count, seed, chunks=4):
-    """Long-text questions about what only the document tells: {"id", "question", "answers", "context"}."""
+def questions(count, seed, chunks=4, clues=2):
+    """Long-text questions about what only the document tells of a person: {"id", "question", "answers", "context"}.
+
+    The person has `clues` facts in the document, one of which is asked for."""
     rows = []
     for i in range(count):
         rng = random.Random(f"question {seed} {i} {chunks}")
-        facts = _facts(rng, chunks * FACTS_PER_CHUNK, None)
-        person, verb, thing = rng.choice([fact for fact in facts if fact[1] in HABITS])
+        person = rng.choice(PEOPLE)
+        hints = [[person, verb, rng.choice(HABITS[verb])] for verb in rng.sample(list(HABITS), clues)]
+        facts, (_, verb, thing) = _document(rng, hints, chunks), hints[0]
         rows.append({"id": f"tiny-qa-{seed}-{i}", "question": f"{person} {verb} what ?", "answers": [thing], "context": _write(facts)[0]})
     return rows
 
@@ -239,10 +250,11 @@ def _read(text):
     return facts
 
 
-def _update(memory, section, room, rng, keep):
-    """The next memory: the old facts, then each new one with probability `keep`; what there is no room for is dropped at random."""
+def _update(problem, memory, section, room, rng, keep, keep_asked):
+    """The next memory: the old facts, then each new one with probability `keep` (`keep_asked`, if the problem names its subject);
+    what there is no room for is dropped at random."""
     facts = _read(memory)
-    facts += [fact for fact in _read(section) if fact not in facts and rng.random() < keep]
+    facts += [fact for fact in _read(section) if fact not in facts and rng.random() < (keep_asked if fact[0] in problem else keep)]
     kept = sorted(rng.sample(range(len(facts)), min(room, len(facts))))
     return [word for i in kept for word in facts[i]]
 
@@ -284,11 +296,11 @@ def _search(text, problem, rng, keep):
     return [*summary, "<answer>", *" ; ".join(answers).split(), "</answer>"]
 
 
-def oracle(prompts, limits, keys, keep=0.4, keep_found=0.8, seed=0):
+def oracle(prompts, limits, keys, keep=0.3, keep_asked=0.5, keep_found=0.8, seed=0):
     """A sampler for rollout(): lists of token ids in, lists of token ids out, each ending in <|im_end|>.
 
-    It sees nothing but the prompt. `keep` is the probability that a fact of a section is taken up, `keep_found` that a search
-    carries over one it was asked for; deterministic in prompt, keys and seed."""
+    It sees nothing but the prompt. `keep` is the probability that a fact of a section is taken up, `keep_asked` if its subject
+    stands in the problem, `keep_found` that a search carries over one it was asked for; deterministic in prompt, keys and seed."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {seed} {tuple(key)} {list(prompt)}")
@@ -301,22 +313,34 @@ def oracle(prompts, limits, keys, keep=0.4, keep_found=0.8, seed=0):
         elif memory is None or section is None:  # the answer's turn, or a baseline with the whole text or none at all
             response = ["\\boxed{", _answer(problem, memory or section or [], rng), "}"]
         else:
-            response = _update(memory, section, (limit - 1) // FACT, rng, keep)
+            response = _update(problem, memory, section, (limit - 1) // FACT, rng, keep, keep_asked)
         responses.append([_ID[word] for word in response][:limit - 1] + [_ID["<|im_end|>"]])
     return responses
 
 
 # ---------------------------------------------------------------- study
-def arms(steps, more):
+def arms(steps):
     """The runs of a study in order: {name: (arm to start from, flags of train.py)}. "warm" is the warm start itself."""
-    runs = {"warm": (None, ["--steps", "1", "--lr", "0"])}
-    for objective in ("full", "decoupled", "e2e"):
-        runs[objective] = (None, ["--steps", steps, "--objective", objective])
-    runs["shuffled"] = (None, ["--steps", steps, "--shuffle_rewards"])
-    for start in ("warm", "full", "decoupled", "e2e"):
-        runs[f"{start}+qa"] = (start, ["--task", "longqa", "--steps", more])
-    runs["warm+longer qa"] = ("warm", ["--task", "longqa", "--steps", steps + more])
-    return runs
+    memtrain = ["--steps", steps, "--eval_every", steps]
+    longqa = ["--task", "longqa", "--group", 8, "--eval_documents", 0, "--steps"]
+    runs = {"warm": (None, ["--steps", 1, "--lr", 0, "--eval_documents", 0])}
+    runs |= {objective: ("warm", [*memtrain, "--objective", objective]) for objective in ("full", "decoupled", "e2e")}
+    runs["shuffled"] = ("warm", [*memtrain, "--shuffle_rewards"])
+    runs["warm + longer QA"] = ("warm", [*longqa, 2 * steps])
+    return runs | {f"{start} + QA": (start, [*longqa, steps]) for start in ("warm", "full", "decoupled", "e2e")}
+
+
+# The paper's claims as differences between arms. MemTrain + QA and the longer QA see as many steps.
+CLAIMS = {
+    "(a) MemTrain alone": ("full", "warm"),
+    "(b) MemTrain before QA": ("full + QA", "warm + QA"),
+    "(c) the coupled reward, alone": ("full", "decoupled"),
+    "(c) the coupled reward, before QA": ("full + QA", "decoupled + QA"),
+    "(c) recall, alone": ("full", "e2e"),
+    "(c) recall, before QA": ("full + QA", "e2e + QA"),
+    "(d) MemTrain, not more QA": ("full + QA", "warm + longer QA"),
+    "control": ("shuffled", "warm"),
+}
 
 
 def guesses(rows, room):
@@ -327,7 +351,7 @@ def guesses(rows, room):
         kept = [fact for fact in facts if rng.random() < min(1, room / len(facts))]
         for name, memory in ("random facts", kept), ("oracle memory", [fact for fact in facts if fact[0] == question[0]]), ("guess", []):
             scores[name].append(_answer(question, sum(memory, []), rng) in row["answers"])
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+    return {name: statistics.fmean(values) for name, values in scores.items()}
 
 
 def spread(values):
@@ -337,65 +361,105 @@ def spread(values):
 
 
 def study(args):
-    """Trains every arm for every seed and asks it held-out questions by length; goes on where it was stopped.
+    """Trains every arm for every seed and asks it held-out questions by length, one process an arm, as many at a time as there
+    are cores; goes on where it was stopped.
 
-    Leaves args.out/results.json (the raw numbers), table.md and, where matplotlib is installed, figure.png."""
-    out, steps, more, lengths, count = Path(args.out), CONFIG["steps"], CONFIG["steps"], [1, 2, 4, 8, 16, 32], 500
+    Leaves args.out/results.json (the raw numbers), report.md and, where matplotlib is installed, figure.png."""
+    out, steps, lengths, count = Path(args.out), CONFIG["steps"], [1, 2, 4, 8, 16, 32], 500
     if args.quick:
-        args.seeds, steps, more, lengths, count = 1, 8, 8, [1, 2, 4], 100
-    ranks, results = str(min(4, os.cpu_count() or 1)), {}
-    python, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-    root = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        args.seeds, steps, lengths, count = 1, 8, [1, 2, 4], 100
     (out / "questions").mkdir(parents=True, exist_ok=True)
-    files = {n: out / "questions" / f"{n:03d}x.jsonl" for n in lengths}
+    files, results = {n: out / "questions" / f"{n:03d}x.jsonl" for n in lengths}, {}
     for n, file in files.items():
         rows = questions(count, HELDOUT_SEED, n * CONFIG["chunks"])
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name, score in guesses(rows, (CONFIG["memory_tokens"] - 1) // FACT).items():
-            results.setdefault(name, {}).setdefault(n, []).append(score)
+            results.setdefault(name, {})[n] = [score]
+    jobs, runs, clock = {}, arms(steps), time.time()
 
-    for seed in range(args.seeds):
-        for name, (start, flags) in arms(steps, more).items():
-            run, table = out / f"{name}-{seed}".replace(" ", "-"), out / f"{name}-{seed}.json".replace(" ", "-")
-            model = ["--model", str(out / f"{start}-{seed}")] if start else []
-            if not table.exists():
-                print(f"== seed {seed}, {name}", flush=True)
-                command = [*python, root / "train.py", *model, *flags, "--seed", seed, "--out", run, "--eval_every", 0, "--eval_documents", 0, "--resume"]
-                subprocess.run([str(part) for part in command], check=True, env=environment)
-                command = [*torchrun, root / "eval.py", "longqa", "--model", run, "--out", table, "--seed", 0, "--data", *files.values()]
-                subprocess.run([str(part) for part in command], check=True, env=environment)
-            scores = json.loads(table.read_text())["table"]
-            for n, file in files.items():
-                results.setdefault(name, {}).setdefault(n, []).append(scores[file.stem]["em"][0])
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    report(out, results, lengths, args.seeds, count)
+    def run(name, seed, start, flags):
+        folder, root = out / f"{name}-{seed}".replace(" ", ""), Path(__file__).parent
+        model = [] if start is None else ["--model", jobs[start, seed].result()]
+        train = ["train.py", *model, *flags, "--seed", seed, "--out", folder, "--processes", 1, "--resume"]
+        test = ["eval.py", "longqa", "--model", folder, "--seed", 0, "--batch", count, "--data", *files.values(), "--out", f"{folder}.json"]
+        if not Path(f"{folder}.json").exists():
+            with open(f"{folder}.log", "w") as log:
+                for script, *rest in train, test:
+                    command = [sys.executable, str(root / script), *map(str, rest)]
+                    if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+                        raise SystemExit(f"{' '.join(command)} failed: see {log.name}; the same study goes on once that is mended")
+            print(f"{(time.time() - clock) / 60:.0f} min: {name}, seed {seed}; {sum(job.done() for job in jobs.values()) + 1} of {len(runs) * args.seeds}", flush=True)
+        return folder
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, (start, flags) in runs.items():  # in this order, so that none waits for one that comes after it
+            for seed in range(args.seeds):
+                jobs[name, seed] = pool.submit(run, name, seed, start, flags)
+    for (name, seed), job in jobs.items():
+        table = json.loads(Path(f"{job.result()}.json").read_text())["table"]
+        for n, file in files.items():
+            results.setdefault(name, {}).setdefault(n, []).append(table[file.stem]["em"][0])
+    looks = {}  # held-out end-to-end and recall exact match, before and after
+    for name in ("full", "decoupled", "e2e", "shuffled"):
+        for seed in range(args.seeds):
+            lines = [json.loads(line) for line in (jobs[name, seed].result() / "metrics.jsonl").read_text().splitlines()]
+            seen = [line["heldout"] for line in lines if "heldout" in line]
+            for kind, task in ("trajectory", "E2E"), ("recall", "recall"):
+                for when, look in ("before", seen[0]), ("after", seen[-1]):
+                    looks.setdefault(name, {}).setdefault(f"{task} {when}", []).append(look[kind][0])
+    (out / "results.json").write_text(json.dumps({"exact match by length": results, "held-out proxy tasks": looks}, indent=1) + "\n")
+    text = report(results, looks, lengths, runs)
+    text += (f"\n{args.seeds} seed{'s' * (args.seeds > 1)}, {count} questions a length, in trained documents of {CONFIG['chunks']} chunks; "
+             f"± half a 95 % interval over seeds\n")  # fmt: skip
+    (out / "report.md").write_text(text)
+    print(text)
+    draw(out / "figure.png", results, lengths, runs)
 
 
-def report(out, results, lengths, seeds, count):
-    """Prints and writes the table of a study, and draws it."""
-    trained = arms(0, 0)
-    lines = ["| exact match in % | " + " | ".join(f"{n}x" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for name, row in results.items():
-        cells = [f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None and name in trained else "") for mean, half in (spread(row[n]) for n in lengths)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    note = f"{seeds} seed{'s' * (seeds > 1)}, {count} questions a length, lengths in trained documents of {CONFIG['chunks']} chunks; ± half a 95 % interval over seeds"
-    (out / "table.md").write_text("\n".join([*lines, "", note, ""]))
-    print("\n".join([*lines, "", note]))
+def markdown(title, columns, rows):
+    """A table of percents; rows: {name: a list of values over seeds for every column}."""
+    lines = ["| " + " | ".join([title, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in rows.items():
+        spreads = [spread(values) for values in cells]
+        lines.append("| " + " | ".join([name, *(f"{100 * mean:.1f}" + ("" if half is None else f" ± {100 * half:.1f}") for mean, half in spreads)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report(results, looks, lengths, runs):
+    """The tables of a study: exact match by length, the claims as paired differences, the proxy tasks."""
+    columns = [f"{n}x" for n in lengths] + ["mean"]
+
+    def row(by_length):
+        return [by_length[n] for n in lengths] + [[statistics.fmean(values) for values in zip(*(by_length[n] for n in lengths))]]
+
+    rows = {name: row(by_length) for name, by_length in results.items()}
+    differences = {f"{claim}: {a} - {b}": [[x - y for x, y in zip(*pair)] for pair in zip(rows[a], rows[b])] for claim, (a, b) in CLAIMS.items()}
+    proxy = ["E2E before", "E2E after", "recall before", "recall after"]
+    return "\n".join([markdown("long-text QA, exact match in %", columns, rows), markdown("difference in points, paired by seed", columns, differences),
+                      markdown("held-out proxy tasks, exact match in %", proxy, {name: [look[column] for column in proxy] for name, look in looks.items()})])  # fmt: skip
+
+
+def draw(path, results, lengths, runs):
     try:
         import matplotlib
     except ImportError:
         return print("no figure: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, row in results.items():
-        means, halves = zip(*(spread(row[n]) for n in lengths))
-        style = {"marker": "o"} if name in trained else {"linestyle": ":", "color": "grey"}
-        axes.errorbar(lengths, means, [half or 0 for half in halves], label=name, capsize=2, **style)
-    axes.set(xscale="log", xticks=lengths, xticklabels=[f"{n}x" for n in lengths], ylim=(0, 1), xlabel="length", ylabel="exact match")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(out / "figure.png", dpi=150, bbox_inches="tight")
+        means, halves = zip(*(spread([100 * value for value in row[n]]) for n in lengths))
+        style = {"marker": "o"} if name in runs else {"linestyle": ":", "color": "grey"}
+        for side, wanted in zip(axes, ("QA" not in name, "QA" in name or name not in runs)):
+            if wanted:
+                side.errorbar(lengths, means, [half or 0 for half in halves], label=name, capsize=2, **style)
+    for side, title in zip(axes, ("after MemTrain alone", "after post-training on long-text QA")):
+        side.set_xscale("log", base=2)
+        side.set(xticks=lengths, xticklabels=[f"{n}x" for n in lengths], ylim=(0, 100), xlabel="length of the document", title=title)
+        side.legend(fontsize=7)
+    axes[0].set_ylabel("exact match in %")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    print(path)
 
 
 # ---------------------------------------------------------------- demo

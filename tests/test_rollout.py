@@ -389,7 +389,7 @@ def test_log_probs_of_the_sampler_are_those_of_the_policy(monkeypatch):
 
 
 @pytest.mark.parametrize("kv_tokens", [60, 100, 300, 1000])
-def test_rows_times_columns_of_the_cache_stay_within_kv_tokens(kv_tokens):
+def test_the_tokens_in_the_cache_stay_within_kv_tokens(kv_tokens):
     """Unequal prompts and unequal limits: the short-lived rows' padding must be in the budget."""
     model, generator = tiny_model(), random.Random(0)
     prompts = [[generator.randrange(VOCABULARY)] * generator.choice([1, 20]) + [5] for _ in range(12)] + [P] * 12
@@ -397,8 +397,8 @@ def test_rows_times_columns_of_the_cache_stay_within_kv_tokens(kv_tokens):
     sizes = []
 
     def measure(module, args, kwargs, output):
-        keys = output.past_key_values.layers[0].keys
-        sizes.append(keys.shape[0] * keys.shape[2])
+        layer = output.past_key_values.layers[0]
+        sizes.append(sum(keys.shape[0] * keys.shape[2] for keys in (layer.keys, *(layer.prefix or [])[:1])))
 
     model.register_forward_hook(measure, with_kwargs=True)
     sampler = Sampler(model, [], kv_tokens=kv_tokens)

@@ -120,6 +120,14 @@ def test_a_question_is_answered_by_its_context_and_by_nothing_else():
     assert all(len(answers[verb]) == len(tiny.HABITS[verb]) for verb in tiny.HABITS)  # the verb alone leaves all things open
 
 
+@pytest.mark.parametrize("chunks", [4, 128])
+def test_the_person_asked_about_has_two_facts_in_different_chunks_at_any_length(chunks):
+    for row in tiny.questions(40, 6, chunks):
+        facts = facts_of(row["context"])
+        homes = [i // tiny.FACTS_PER_CHUNK for i, fact in enumerate(facts) if fact[0] == row["question"].split()[0]]
+        assert len(facts) == chunks * tiny.FACTS_PER_CHUNK and len(homes) == len(set(homes)) == 2
+
+
 def test_search_questions_are_answered_by_the_passages_of_their_seed():
     corpus = {name: " ".join(row["text"] for row in tiny.passages(7) if row["title"] == name) for name in tiny.PEOPLE}
     for row in tiny.search_questions(50, 7):
@@ -153,12 +161,12 @@ def test_the_oracle_keeps_only_what_it_reads_and_as_much_as_it_is_told_to(tok):
         facts = row["text"].splitlines()
         memory, section = " ".join(facts[:4]), " ".join(facts[4:])
         for keep in kept:
-            written = facts_of(ask(tok, "update", key=(i,), oracle={"keep": keep}, problem=tiny.PROBLEM, memory=memory, section=section))
+            written = facts_of(ask(tok, "update", key=(i,), oracle={"keep": keep, "keep_asked": keep}, problem=tiny.PROBLEM, memory=memory, section=section))
             order = [facts_of(memory + " " + section).index(fact) for fact in written]
             assert order == sorted(set(order))
             kept[keep] += len(written)
     assert 60 * 4 < kept[0.2] < kept[0.6] < kept[1.0] == 60 * 8  # what the memory holds is kept, what is new is chosen from
-    short = ask(tok, "update", limit=11, oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory=memory, section=section)
+    short = ask(tok, "update", limit=11, oracle={"keep": 1.0, "keep_asked": 1.0}, problem=tiny.PROBLEM, memory=memory, section=section)
     assert len(facts_of(short)) == 3  # whole facts only: three and the end token
 
 
@@ -167,12 +175,24 @@ def test_the_oracle_drops_any_fact_alike_whatever_the_question(tok):
     for i, row in enumerate(tiny.documents(400, 10, 4)):
         facts = row["text"].split("\n")
         section = " ".join(fact for fact in facts if fact)
-        written = facts_of(ask(tok, "update", limit=16, key=(i,), oracle={"keep": 1.0}, problem=tiny.PROBLEM, memory="", section=section))
+        written = facts_of(ask(tok, "update", limit=16, key=(i,), oracle={"keep": 1.0, "keep_asked": 1.0}, problem=tiny.PROBLEM, memory="", section=section))
         assert len(written) == 5
         for fact in facts_of(row["text"]):
             survived[fact[0] == tiny.MASK].append(fact in written)
     share = {about: sum(s) / len(s) for about, s in survived.items()}
     assert abs(share[True] - 5 / 8) < 0.06 and abs(share[False] - 5 / 8) < 0.04
+
+
+def test_the_oracle_takes_up_more_of_what_the_problem_names(tok):
+    taken = {True: [], False: []}
+    rows = [(tiny.PROBLEM, row["text"], tiny.MASK) for row in tiny.documents(300, 12)]
+    rows += [(row["question"], row["context"], row["question"].split()[0]) for row in tiny.questions(300, 12)]
+    for i, (problem, text, named) in enumerate(rows):
+        written = facts_of(ask(tok, "update", key=(i,), problem=problem, memory="", section=text))
+        for fact in facts_of(text):
+            taken[fact[0] == named].append(fact in written)
+    share = {about: sum(s) / len(s) for about, s in taken.items()}
+    assert abs(share[True] - 0.5) < 0.06 and abs(share[False] - 0.3) < 0.04
 
 
 def test_the_oracle_is_a_function_of_prompt_key_and_seed(tok):

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import grpo
 import rewards
 import tiny
 import train
@@ -74,9 +73,8 @@ def config_of(args):
 
 def open_kit(args, cfg, device):
     """-> (kit, policy, whether the model is the pocket one)"""
-    lm, tokenizer = train.load_model(args.model)
-    pocket = train.is_tiny(args.model)
-    policy = train.shard(grpo.Policy(lm), device).eval()
+    policy, tokenizer = train.open_policy(args.model, device)
+    lm, pocket = policy.eval().lm, train.is_tiny(args.model)
     prompts = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order)
     cfg.kv_tokens = cfg.kv_tokens or train.kv_budget(lm, device)
     temperature, top_p = (1.0, 1.0) if args.command == "memtrain" else (args.temperature, args.top_p)

@@ -210,8 +210,20 @@ def is_tiny(model):
     return model == "tiny" or config.is_file() and json.loads(config.read_text()).get("memtrain_world") == "tiny"
 
 
-def load_model(path, dtype=torch.float32):
-    """-> (causal language model on the CPU, tokenizer). fp32 weights are the master copy that is trained."""
+def open_policy(path, device):
+    """-> (Policy of a checkpoint, fp32 and sharded over all ranks: the master copy that is trained; tokenizer).
+
+    Rank 0 reads the model as fp32 and finds out whether it shares prefixes; the others only map its files, of which `shard`
+    copies their part, so that the memory of a machine need not hold the model once a rank."""
+    first = dist.get_rank() == 0
+    lm, tokenizer = load_model(path, torch.float32 if first else "auto")
+    policy = grpo.Policy(lm) if first else None
+    shares = everyone(policy and policy.shares)[0]
+    return shard(policy or grpo.Policy(lm, shares), device), tokenizer
+
+
+def load_model(path, dtype):
+    """-> (causal language model on the CPU, tokenizer)"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = checkpoint_path(path)
@@ -221,8 +233,9 @@ def load_model(path, dtype=torch.float32):
         raise ValueError(f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives ({str(error).splitlines()[0]})")
 
 
-def shard(policy, device):
-    """FSDP2 over all ranks: fp32 shards, bf16 compute on CUDA; plain fp32 on a single CPU. -> policy on its device"""
+def shard(policy, device, master=True):
+    """FSDP2 over all ranks: fp32 shards (unless no master copy is wanted), bf16 compute on CUDA; plain fp32 on a single CPU.
+    -> policy on its device"""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if dist.get_world_size() == 1 and device.type == "cpu":
@@ -232,13 +245,19 @@ def shard(policy, device):
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    policy.to(device)  # buffers
+    policy.to(device)  # of the weights, this rank's shards alone
+    if master:
+        policy.float()
     policy.set_reshard_after_forward(False, recurse=True)
     policy.set_reshard_after_backward(False, recurse=True)
     with torch.no_grad():  # the root must run once before `generate` enters below it
         policy([[0]], [[0]])
     reshard(policy)
     return policy
+
+
+def compute_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def reshard(policy):
@@ -604,8 +623,7 @@ def save_checkpoint(cfg, policy, optimizer, tokenizer, step):
     try:
         dcp.save({"model": model, "optimizer": optim, "step": step}, checkpoint_id=str(partial / "trainer"))
         if dist.get_rank() == 0:
-            dtype = torch.bfloat16 if policy.lm.device.type == "cuda" else torch.float32
-            policy.lm.config.dtype = dtype
+            policy.lm.config.dtype = dtype = compute_dtype(policy.lm.device)
             policy.lm.save_pretrained(partial, state_dict={name.removeprefix("lm."): value.to(dtype) for name, value in whole.items()})
             tokenizer.save_pretrained(partial)
     except dcp.api.CheckpointException as error:
@@ -857,8 +875,8 @@ def train(cfg, device):
     # model, tokenizer, data, sampler
     start_from = checkpoint_to_resume(cfg)
     model_path = warm_start(cfg.seed) if cfg.model == "tiny" else cfg.model
-    lm, tokenizer = load_model(model_path)
-    pocket = is_tiny(model_path)
+    policy, tokenizer = open_policy(model_path, device)
+    lm, pocket, reference = policy.train().lm, is_tiny(model_path), None
     prompts, problem = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order), tiny.PROBLEM if pocket else PROBLEM
     material = load_material(cfg, pocket)
     now = course(cfg, material)
@@ -867,10 +885,9 @@ def train(cfg, device):
     check_budget(cfg, prompts, material, problem, lm)
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy, reference = shard(grpo.Policy(lm), device).train(), None
     if cfg.kl > 0:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        reference = shard(grpo.Policy(load_model(model_path, dtype)[0], policy.shares).requires_grad_(False), device).eval()
+        reference = grpo.Policy(load_model(model_path, compute_dtype(device))[0], policy.shares)
+        reference = shard(reference.requires_grad_(False), device, master=False).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     done = load_trainer(start_from, policy, optimizer) if start_from else 0
     memory = plan_memory(cfg, lm, device)

@@ -2,6 +2,7 @@
 
 import doctest
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,6 +308,44 @@ def test_greedy_tokens_are_plain_ones_under_other_architectures_and_the_policys_
     expected = [plain_greedy(plain, prompt, limit) for prompt, limit in zip(PROMPTS, LIMITS)]
     for model in (tiny_model(architecture), grpo.Policy(tiny_model(architecture)).lm):
         assert Sampler(model, ENDS, temperature=0, segment=8)(PROMPTS, LIMITS, KEYS) == expected
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_to_a_prefix_stored_once_equals_a_plain_softmax_over_everything(heads):
+    """Groups of three, one and two rows; left-padded prefixes, one of them empty; padded rows; scores large enough to matter."""
+    generator, queries, width, group = torch.Generator().manual_seed(heads), 4, 8, torch.tensor([0, 1, 2, 0, 2, 0])
+    draw = lambda *shape: 3 * torch.randn(*shape, width, dtype=torch.float64, generator=generator)  # noqa: E731
+    cache = rollout_file._prefix_cache(tiny_model(num_hidden_layers=1).config)
+    shared = draw(3, heads, 7), draw(3, heads, 7)
+    cache.layers[0].update(*shared)
+    cache.share(group)
+    own = draw(6, heads, 5), draw(6, heads, 5)
+    mask = torch.ones(6, 1, 1, 12, dtype=torch.bool)
+    for i, place in enumerate(group):
+        mask[i, ..., : (2, 7, 0)[place]] = False
+        mask[i, ..., 7 : 7 + i % 3] = False
+
+    def check(query, rows, own):
+        out, _ = rollout_file.prefix_attention(SimpleNamespace(layer_idx=0), query, *own, mask[rows], cache=cache)
+        for n, i in enumerate(rows.tolist()):
+            k, v = (torch.cat([s[group[i]], o[n]], 1).repeat_interleave(queries // heads, 0) for s, o in zip(shared, own))
+            scores = (k @ query[n].transpose(-1, -2))[..., 0] / width**0.5
+            weights = scores.masked_fill(~mask[i, 0], -torch.inf).softmax(-1)
+            torch.testing.assert_close(out[n, 0], (weights[..., None] * v).sum(1), rtol=1e-5, atol=1e-6)
+
+    check(draw(6, queries, 1), torch.arange(6), own)
+    cache.layers[0].update(*own)
+    left = torch.tensor([2, 3, 5])  # the row of group 1 has gone, and its prefix with it
+    cache.batch_select_indices(left)
+    assert cache.layers[0].prefix[0].shape[0] == 2 and cache.get_seq_length() == 12
+    check(draw(3, queries, 1), left, tuple(x[left] for x in own))
+
+
+def test_a_prefix_is_stored_once_for_its_group():
+    model, sizes = tiny_model(), []
+    model.register_forward_hook(lambda module, args, kwargs, out: sizes.append(out.past_key_values.layers[0]), with_kwargs=True)
+    Sampler(model, [])([[*range(1, 41)]] * 8, [3] * 8, [(i,) for i in range(8)])
+    assert sizes[-1].prefix[0].shape[::2] == (1, 39) and sizes[-1].keys.shape[::2] == (8, 3)
 
 
 def test_a_checkpoints_generation_config_neither_leaks_in_nor_is_lost(greedy):

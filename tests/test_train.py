@@ -232,6 +232,38 @@ dist.destroy_process_group()
 """
 
 
+OPENED = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, torch.distributed as dist, train
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+device = train.start_ranks()
+policy, _ = train.open_policy(sys.argv[1], device)
+assert policy.shares and {{p.dtype for p in policy.parameters()}} == {{torch.float32}}
+logps = policy([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]])
+whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if dist.get_rank() == 1:
+    torch.save([p.detach() for p in logps], sys.argv[2])
+elif whole:
+    torch.save(whole, sys.argv[2] + ".weights")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_map_a_bf16_checkpoint_hold_its_weights_as_fp32(tokenizer, tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run([str(tmp_path / "model"), str(tmp_path / "result")], tmp_path, ranks=2, code=OPENED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, _ = train.load_model(str(tmp_path / "model"), torch.float32)
+    weights = torch.load(tmp_path / "result.weights")
+    assert all(weights["lm." + name].dtype == torch.float32 and weights["lm." + name].equal(value) for name, value in model.state_dict().items())
+    expected = grpo.Policy(model)([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]])
+    for ours, theirs in zip(torch.load(tmp_path / "result"), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("share", ["even", "empty"])
 def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
     done = run([str(tmp_path / "result"), share], tmp_path, ranks=2, code=TWO_RANKS)

@@ -14,7 +14,7 @@ Differences from the papers:
   3. Noise is a hash of (seed, step, trajectory, turn, position), not a generator's state: a rollout does not depend on how
      its rows were batched, cut into segments or divided over ranks, and there is no random state to save.
 
-Letters in shapes: B rows, N columns, V vocabulary.
+Letters in shapes: B rows, N columns, V vocabulary; Q groups of up to G rows with a common prefix of P columns, H heads, D head size.
 """
 
 import bisect
@@ -31,6 +31,7 @@ CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Se
 NO_MEMORY = "No previous memory"
 ATTENTION = "stored_once"  # the name of our attention function in transformers' AttentionInterface
 CACHE_ROOM = 64  # columns by which a full cache grows
+COPIED = 2**16  # tokens of a layer's cache that may be copied together while prompts are read
 PREFILL = 2**28  # most elements of an attention mask, which would be as large as rows * columns^2 for long prompts
 
 PROBLEM = (
@@ -433,8 +434,8 @@ def _common_prefix(a, b):
     return low
 
 
-def _prefix_cache(config):
-    """transformers' cache for full attention, in which a prefix that rows have in common is stored once.
+def _prefix_cache(config, columns):
+    """transformers' cache for full attention and at most so many columns, in which a prefix that rows have in common is stored once.
 
     After `share(group)`, what was cached is one prefix for every group (Q, H, P, D), row i belongs to group[i], and what comes
     is each row's own (B, H, N, D). That is written into room kept free for it, where concatenation would copy it at every token.
@@ -443,7 +444,8 @@ def _prefix_cache(config):
     from transformers.cache_utils import DynamicLayer
 
     class PrefixLayer(DynamicLayer):
-        prefix, room = None, {}  # room: "keys", "values" -> (buffer, the part of it in use, as last seen)
+        prefix = None  # keys and values (Q, H, P, D) that groups have in common
+        room = {}  # "keys", "values" -> (buffer, the part of it in use, as last seen)
 
         def get_seq_length(self):
             return super().get_seq_length() + (self.prefix[0].shape[-2] if self.prefix else 0)
@@ -460,18 +462,24 @@ def _prefix_cache(config):
             old, (buffer, seen) = getattr(self, name), self.room.get(name, (None, None))
             start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
             if old is not seen or end > buffer.shape[-2]:  # rows were selected since, or it is full
-                buffer = old.new_empty(*old.shape[:-2], end + CACHE_ROOM, old.shape[-1])
+                most = columns - (self.prefix[0].shape[-2] if self.prefix else 0)
+                buffer = old.new_empty(*old.shape[:-2], max(end, min(end + CACHE_ROOM, most)), old.shape[-1])
                 buffer[..., :start, :] = old
             buffer[..., start:end, :] = new
             self.room[name] = buffer, buffer[..., :end, :]
             return self.room[name][1]
 
+        def batch_select_indices(self, indices):
+            super().batch_select_indices(indices)
+            self.room = {}  # the old buffers go now, not at the next token
+
     class PrefixCache(DynamicCache):
         group = None  # (B,) of every row; place: (B,) of a row in its group; members: (Q, G) rows of a group, filled up with row 0
 
         def share(self, group):
-            for layer in self.layers:
-                layer.prefix, layer.keys, layer.values, layer.is_initialized = (layer.keys, layer.values), None, None, False
+            for layer in self.layers:  # contiguous, or every product with it would copy it first
+                layer.prefix = layer.keys.contiguous(), layer.values.contiguous()
+                layer.keys, layer.values, layer.is_initialized = None, None, False
             self._regroup(group)
 
         def _regroup(self, group):
@@ -498,15 +506,19 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, *,
     """Attention of rows (B, H, 1, D) to their group's prefix in `cache`, and to their own key and value (B, H or fewer, N, D):
     each part by itself, all rows of a group at once to its prefix, then merged by the log-sum-exp of their scores.
 
-    Several queries a row (a prompt that is read) see a copy of the prefix, which lives for this layer alone."""
+    Where rows have several queries (prompts that are read), some rows at a time see a copy of their prefix."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     prefix = cache.layers[module.layer_idx].prefix
-    if prefix and query.shape[2] > 1:
-        key, value = (torch.cat([shared[cache.group], own], 2) for shared, own in zip(prefix, (key, value)))
-    if not prefix or query.shape[2] > 1:
+    if not prefix:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (rows, heads, width), (groups, most), length = key[:, :, 0].shape, cache.members.shape, prefix[0].shape[2]
+    (rows, heads, columns, width), (groups, most), length = key.shape, cache.members.shape, prefix[0].shape[2]
+    if query.shape[2] > 1:
+        outputs = []
+        for part in torch.arange(rows, device=key.device).split(max(COPIED // (length + columns), 1)):
+            whole = [torch.cat([shared[cache.group[part]], own[part]], 2) for shared, own in zip(prefix, (key, value))]
+            outputs.append(sdpa_attention_forward(module, query[part], *whole, attention_mask[part], scaling=scaling, **kwargs)[0])
+        return torch.cat(outputs), None
     scaling, query = scaling or width**-0.5, query.view(rows, heads, -1, width)  # heads that share keys: side by side, as queries
     shared_mask = own_mask = None
     if attention_mask is not None:
@@ -514,12 +526,15 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, *,
     together = query[cache.members].transpose(1, 2).reshape(groups, heads, -1, width)
     shared, shared_weight = (x.view(groups, heads, most, -1, x.shape[-1])[cache.group, :, cache.place] for x in _scored(together, *prefix, shared_mask, scaling))
     own, own_weight = _scored(query, key, value, own_mask, scaling)
-    return own.lerp(shared, (shared_weight - own_weight).sigmoid().to(own.dtype)).reshape(rows, 1, -1, width), None
+    return own.lerp(shared, (shared_weight - own_weight).sigmoid().to(own.dtype)).flatten(1, 2)[:, None], None
 
 
 def _scored(query, key, value, mask, scaling):
     """-> (softmax(scaling * query key^T) value, the log-sum-exp of these scores in fp32)"""
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if query.is_cuda and query.dtype != torch.float32:  # never rounded to bf16
+        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, query.shape[:2]) * scaling
+    else:
+        scores = (query @ key.mT).float() * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)  # finite: a group without a prefix has weight 0, not nan
     weight = scores.logsumexp(-1, keepdim=True)
@@ -559,21 +574,25 @@ class Sampler:
         """eval() (checkpointing and dropout spoil generation), our attention, and a fresh generation_config on the model itself:
         fields left unset in one that is passed to `generate` would be filled from the checkpoint's (top_k, repetition_penalty)."""
         from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask
 
-        shipped, training, attention = self.model.generation_config, self.model.training, self.model.config._attn_implementation
-        self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id)
-        self.model.eval()
-        if self.share:
-            AttentionInterface.register(ATTENTION, lambda *args, **kwargs: prefix_attention(*args, cache=self.cache, **kwargs))
-            AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without one of that name, left padding would be ignored
-            self.model.set_attn_implementation(ATTENTION)
+        model = self.model
+        shipped, training, attention = model.generation_config, model.training, model.config._attn_implementation
         try:
+            model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id)
+            model.eval()
+            if self.share:
+                AttentionInterface.register(ATTENTION, lambda *args, **kwargs: prefix_attention(*args, cache=self.cache, **kwargs))
+                AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without one of that name, left padding would be ignored
+                model.set_attn_implementation(ATTENTION)
             yield
         finally:
-            self.cache, self.model.generation_config = None, shipped
-            self.model.set_attn_implementation(attention)
-            self.model.train(training)
+            if self.share:
+                AttentionInterface.register(ATTENTION, sdpa_attention_forward)  # the registry would keep model and cache alive
+                model.set_attn_implementation(attention)
+            self.cache, model.generation_config = None, shipped
+            model.train(training)
 
     def _batches(self, prompts, limits):
         """Groups -> batches of groups, longest first; what each puts into the cache stays within kv_tokens (one row always fits)."""
@@ -585,10 +604,14 @@ class Sampler:
             shared, own = size(batch)
             return len(batch) * shared + sum(len(members) for _, members in batch) * own
 
+        def lopsided(batch):  # attention fills all groups up to the largest
+            most = max(len(members) for _, members in batch)
+            return len(batch) * most > 2 * sum(len(members) for _, members in batch)
+
         groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         batches, batch = [], []
-        for prefix, rows in sorted(groups, key=lambda group: -sum(size([group]))):
-            if batch and tokens([*batch, (prefix, rows)]) > self.kv_tokens:
+        for prefix, rows in sorted(groups, key=lambda group: (len(group[1]) == 1, -sum(size([group])))):
+            if batch and (tokens([*batch, (prefix, rows)]) > self.kv_tokens or lopsided([*batch, (prefix, rows)])):
                 batches.append(batch)
                 batch = []
             shared, own = size([(prefix, rows)])
@@ -599,7 +622,7 @@ class Sampler:
             batch.append((prefix, rows))
         return [*batches, batch] if batch else batches
 
-    def _prefill(self, batch, prompts):
+    def _prefill(self, batch, prompts, limits):
         """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N), cache of the prefixes."""
         device = self.model.device
         prefixes = [prompts[rows[0]][:length] for length, rows in batch]
@@ -610,7 +633,8 @@ class Sampler:
         group = torch.tensor([group for _, group in rows], device=device)
         ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
         self.prefill_tokens += left.numel() + right.numel()
-        self.cache = cache = _prefix_cache(self.model.config) if self.share else None
+        columns = ids.shape[1] + max(limits[i] for i, _ in rows)
+        self.cache = cache = _prefix_cache(self.model.config, columns) if self.share else None
         if left.shape[1]:
             self._fill(cache, left, left_mask)
             if len(rows) > len(batch):  # with one row a group there is nothing to share, and one attention is faster than two
@@ -629,7 +653,7 @@ class Sampler:
     def _generate(self, batch, prompts, limits, keys, responses):
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        rows, ids, mask, cache = self._prefill(batch, prompts)
+        rows, ids, mask, cache = self._prefill(batch, prompts, limits)
         noise_keys = _row_keys([keys[i] for i in rows], self.seed, self.step).to(ids.device)
         start, done = ids.shape[1], 0  # column of the first new token; new tokens so far
         while rows:

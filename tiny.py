@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -364,10 +364,11 @@ def study(args):
     """Trains every arm for every seed and asks it held-out questions by length, one process an arm, as many at a time as there
     are cores; goes on where it was stopped.
 
-    Leaves args.out/results.json (the raw numbers), report.md and, where matplotlib is installed, figure.png."""
-    out, steps, lengths, count = Path(args.out), CONFIG["steps"], [1, 2, 4, 8, 16, 32], 500
+    Leaves results.json (the raw numbers), report.md and, where matplotlib is installed, figure.png."""
+    steps, lengths, count = CONFIG["steps"], [1, 2, 4, 8, 16, 32], 500
     if args.quick:
         args.seeds, steps, lengths, count = 1, 8, [1, 2, 4], 100
+    out = Path(args.out or ("runs/quick-study" if args.quick else "runs/study"))
     (out / "questions").mkdir(parents=True, exist_ok=True)
     files, results = {n: out / "questions" / f"{n:03d}x.jsonl" for n in lengths}, {}
     for n, file in files.items():
@@ -395,6 +396,11 @@ def study(args):
         for name, (start, flags) in runs.items():  # in this order, so that none waits for one that comes after it
             for seed in range(args.seeds):
                 jobs[name, seed] = pool.submit(run, name, seed, start, flags)
+        try:
+            for job in as_completed(jobs.values()):
+                job.result()
+        finally:  # after a failure, or Ctrl-C, what runs may end, and nothing more begins
+            pool.shutdown(wait=False, cancel_futures=True)
     for (name, seed), job in jobs.items():
         table = json.loads(Path(f"{job.result()}.json").read_text())["table"]
         for n, file in files.items():
@@ -408,7 +414,7 @@ def study(args):
                 for when, look in ("before", seen[0]), ("after", seen[-1]):
                     looks.setdefault(name, {}).setdefault(f"{task} {when}", []).append(look[kind][0])
     (out / "results.json").write_text(json.dumps({"exact match by length": results, "held-out proxy tasks": looks}, indent=1) + "\n")
-    text = report(results, looks, lengths, runs)
+    text = report(results, looks, lengths)
     text += (f"\n{args.seeds} seed{'s' * (args.seeds > 1)}, {count} questions a length, in trained documents of {CONFIG['chunks']} chunks; "
              f"± half a 95 % interval over seeds\n")  # fmt: skip
     (out / "report.md").write_text(text)
@@ -425,7 +431,7 @@ def markdown(title, columns, rows):
     return "\n".join(lines) + "\n"
 
 
-def report(results, looks, lengths, runs):
+def report(results, looks, lengths):
     """The tables of a study: exact match by length, the claims as paired differences, the proxy tasks."""
     columns = [f"{n}x" for n in lengths] + ["mean"]
 
@@ -491,7 +497,7 @@ def main():
     options = commands.add_parser("study", help="the paper's claims at pocket size")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--quick", action="store_true", help="one seed, few steps, short documents: minutes")
-    options.add_argument("--out", default="runs/study")
+    options.add_argument("--out", help="folder for all runs and results [runs/study, runs/quick-study]")
     args = parser.parse_args()
     study(args) if args.command == "study" else demo()
 

@@ -223,12 +223,14 @@ def open_policy(path, device):
 
 
 def load_model(path, dtype):
-    """-> (causal language model on the CPU, tokenizer)"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """-> (causal language model on the CPU, tokenizer). dtype "auto": as the weights lie in the files, which are then only mapped."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = checkpoint_path(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        config.dtype = None  # "auto" would believe the config rather than the files
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives ({str(error).splitlines()[0]})")
 
@@ -245,7 +247,7 @@ def shard(policy, device, master=True):
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    policy.to(device)  # of the weights, this rank's shards alone
+    policy.to(device)  # buffers
     if master:
         policy.float()
     policy.set_reshard_after_forward(False, recurse=True)

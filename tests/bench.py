@@ -341,7 +341,7 @@ def utilisation(options, bench, row, name, ours_s, tokens):
         decode_s = ours_s - statistics.median(seconds(row.prefill, options.device) for _ in range(REPEATS))
         width = 2 if options.dtype == "bf16" else 4
         cache = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * width
-        step = parameters * width + size["prompts"] * size["group"] * (size["length"] + size["new"] / 2) * cache
+        step = parameters * width + size["prompts"] * (size["length"] + size["group"] * size["new"] / 2) * cache  # prefixes are read once
         extra["bandwidth"] = step * (size["new"] - 1) / decode_s / (options.peak_gb_s * 1e9)
     return extra
 

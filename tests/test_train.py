@@ -251,8 +251,11 @@ dist.destroy_process_group()
 """
 
 
-def test_ranks_that_map_a_bf16_checkpoint_hold_its_weights_as_fp32(tokenizer, tmp_path):
-    tiny_model().bfloat16().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_config_says(dtype, tokenizer, tmp_path):
+    tiny_model().to(dtype).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     tokenizer.save_pretrained(tmp_path / "model")
     done = run([str(tmp_path / "model"), str(tmp_path / "result")], tmp_path, ranks=2, code=OPENED)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -541,6 +541,13 @@ def _scored(query, key, value, mask, scaling):
     return (scores - weight).exp().to(value.dtype) @ value, weight
 
 
+def _cache_tokens(rows, groups, prefix, own):
+    """-> (tokens in the cache of a batch with so many columns of prefix and of own, whether prefixes are stored once). They are
+    where that saves a third of the cache; below, one attention is faster than two."""
+    once, repeated = groups * prefix + rows * own, rows * (prefix + own)
+    return (once, True) if 3 * once <= 2 * repeated else (repeated, False)
+
+
 class Sampler:
     """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> list of response id lists.
 
@@ -596,29 +603,27 @@ class Sampler:
 
     def _batches(self, prompts, limits):
         """Groups -> batches of groups, longest first; what each puts into the cache stays within kv_tokens (one row always fits)."""
-        def size(batch):  # -> (columns of the prefixes, which groups store once, columns that every row has of its own)
+        def size(batch):  # -> (columns of the prefixes, columns that every row has of its own)
             rests, most = zip(*((len(prompts[i]) - n, limits[i]) for n, members in batch for i in members))
             return max(n for n, _ in batch), max(rests) + max(most)
 
-        def tokens(batch):
-            shared, own = size(batch)
-            return len(batch) * shared + sum(len(members) for _, members in batch) * own
-
-        def lopsided(batch):  # attention fills all groups up to the largest
-            most = max(len(members) for _, members in batch)
-            return len(batch) * most > 2 * sum(len(members) for _, members in batch)
+        def fits(batch):
+            counts = [len(members) for _, members in batch]
+            even = len(counts) * max(counts) <= 2 * sum(counts)  # attention fills all groups up to the largest
+            return even and _cache_tokens(sum(counts), len(counts), *size(batch))[0] <= self.kv_tokens
 
         groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         batches, batch = [], []
         for prefix, rows in sorted(groups, key=lambda group: (len(group[1]) == 1, -sum(size([group])))):
-            if batch and (tokens([*batch, (prefix, rows)]) > self.kv_tokens or lopsided([*batch, (prefix, rows)])):
+            if batch and not fits([*batch, (prefix, rows)]):
                 batches.append(batch)
                 batch = []
-            shared, own = size([(prefix, rows)])
-            most = max((self.kv_tokens - shared) // own, 1)
-            while not batch and len(rows) > most:  # a group is split only when it is too large for a batch of its own
-                batches.append([(prefix, rows[:most])])
-                rows = rows[most:]
+            if not batch:  # a group is split only when it is too large for a batch of its own
+                columns = size([(prefix, rows)])
+                most = next((n for n in range(len(rows), 1, -1) if _cache_tokens(n, 1, *columns)[0] <= self.kv_tokens), 1)
+                parts = [(prefix, rows[first : first + most]) for first in range(0, len(rows), most)]
+                batches += [[part] for part in parts[:-1]]
+                rows = parts[-1][1]
             batch.append((prefix, rows))
         return [*batches, batch] if batch else batches
 
@@ -633,12 +638,14 @@ class Sampler:
         group = torch.tensor([group for _, group in rows], device=device)
         ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
         self.prefill_tokens += left.numel() + right.numel()
-        columns = ids.shape[1] + max(limits[i] for i, _ in rows)
-        self.cache = cache = _prefix_cache(self.model.config, columns) if self.share else None
+        own = right.shape[1] + max(limits[i] for i, _ in rows)
+        self.cache = cache = _prefix_cache(self.model.config, left.shape[1] + own) if self.share else None
         if left.shape[1]:
             self._fill(cache, left, left_mask)
-            if len(rows) > len(batch):  # with one row a group there is nothing to share, and one attention is faster than two
+            if _cache_tokens(len(rows), len(batch), left.shape[1], own)[1]:
                 cache.share(group)
+            else:
+                cache.batch_select_indices(group)
         if self.share and ids.numel() * right.shape[1] > PREFILL:
             self._fill(cache, ids[:, :-1], mask[:, :-1])
         return [i for i, _ in rows], ids, mask, cache

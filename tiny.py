@@ -456,7 +456,9 @@ def draw(path, results, lengths, runs):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, row in results.items():
         means, halves = zip(*(spread([100 * value for value in row[n]]) for n in lengths))
-        style = {"marker": "o"} if name in runs else {"linestyle": ":", "color": "grey"}
+        style = {"linestyle": {"random facts": ":", "oracle memory": "-", "guess": "--"}.get(name), "color": "grey"}
+        if name in runs:  # a colour for every start
+            style = {"marker": "o", "linestyle": "--" if "longer" in name else "-", "color": f"C{list(runs).index(name.split(' + ')[0])}"}
         for side, wanted in zip(axes, ("QA" not in name, "QA" in name or name not in runs)):
             if wanted:
                 side.errorbar(lengths, means, [half or 0 for half in halves], label=name, capsize=2, **style)

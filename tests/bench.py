@@ -29,6 +29,7 @@ import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import random
 import re
 import resource
@@ -386,7 +387,7 @@ def two_ranks(options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     results = []
     for world in (2, 1):
-        done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         results.append(json.loads(done.stdout.splitlines()[-1]))
     ours, plain = (statistics.median(result["s"]) for result in results)
     equal = abs(results[0]["norm"] / results[1]["norm"] - 1) < 1e-5

@@ -447,8 +447,11 @@ def _prefix_cache(config, columns):
         prefix = None  # keys and values (Q, H, P, D) that groups have in common
         room = {}  # "keys", "values" -> (buffer, the part of it in use, as last seen)
 
+        def prefix_length(self):
+            return self.prefix[0].shape[-2] if self.prefix else 0
+
         def get_seq_length(self):
-            return super().get_seq_length() + (self.prefix[0].shape[-2] if self.prefix else 0)
+            return self.prefix_length() + super().get_seq_length()
 
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
@@ -462,7 +465,7 @@ def _prefix_cache(config, columns):
             old, (buffer, seen) = getattr(self, name), self.room.get(name, (None, None))
             start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
             if old is not seen or end > buffer.shape[-2]:  # rows were selected since, or it is full
-                most = columns - (self.prefix[0].shape[-2] if self.prefix else 0)
+                most = columns - self.prefix_length()
                 buffer = old.new_empty(*old.shape[:-2], max(end, min(end + CACHE_ROOM, most)), old.shape[-1])
                 buffer[..., :start, :] = old
             buffer[..., start:end, :] = new
@@ -514,8 +517,8 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, *,
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (rows, heads, columns, width), (groups, most), length = key.shape, cache.members.shape, prefix[0].shape[2]
     if query.shape[2] > 1:
-        outputs = []
-        for part in torch.arange(rows, device=key.device).split(max(COPIED // (length + columns), 1)):
+        outputs, size = [], max(COPIED // (length + columns), 1)
+        for part in (slice(first, first + size) for first in range(0, rows, size)):
             whole = [torch.cat([shared[cache.group[part]], own[part]], 2) for shared, own in zip(prefix, (key, value))]
             outputs.append(sdpa_attention_forward(module, query[part], *whole, attention_mask[part], scaling=scaling, **kwargs)[0])
         return torch.cat(outputs), None
@@ -628,7 +631,7 @@ class Sampler:
         return [*batches, batch] if batch else batches
 
     def _prefill(self, batch, prompts, limits):
-        """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N), cache of the prefixes."""
+        """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N); self.cache holds the prefixes."""
         device = self.model.device
         prefixes = [prompts[rows[0]][:length] for length, rows in batch]
         rows = [(i, group) for group, (_, members) in enumerate(batch) for i in members]
@@ -639,28 +642,28 @@ class Sampler:
         ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
         self.prefill_tokens += left.numel() + right.numel()
         own = right.shape[1] + max(limits[i] for i, _ in rows)
-        self.cache = cache = _prefix_cache(self.model.config, left.shape[1] + own) if self.share else None
+        self.cache = _prefix_cache(self.model.config, left.shape[1] + own) if self.share else None
         if left.shape[1]:
-            self._fill(cache, left, left_mask)
+            self._fill(left, left_mask)
             if _cache_tokens(len(rows), len(batch), left.shape[1], own)[1]:
-                cache.share(group)
-            else:
-                cache.batch_select_indices(group)
+                self.cache.share(group)
+            elif len(rows) > len(batch):
+                self.cache.batch_select_indices(group)
         if self.share and ids.numel() * right.shape[1] > PREFILL:
-            self._fill(cache, ids[:, :-1], mask[:, :-1])
-        return [i for i, _ in rows], ids, mask, cache
+            self._fill(ids[:, :-1], mask[:, :-1])
+        return [i for i, _ in rows], ids, mask
 
-    def _fill(self, cache, ids, mask):
+    def _fill(self, ids, mask):
         """Runs the columns that the cache lacks, so many at a time that the attention mask stays small."""
         positions, size = (mask.cumsum(-1) - 1).clamp(min=0), max(PREFILL // ids.numel(), 1)
-        for start in range(cache.get_seq_length(), ids.shape[1], size):
+        for start in range(self.cache.get_seq_length(), ids.shape[1], size):
             end = min(start + size, ids.shape[1])
-            self.model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache, logits_to_keep=1)
+            self.model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=self.cache, logits_to_keep=1)
 
     def _generate(self, batch, prompts, limits, keys, responses):
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        rows, ids, mask, cache = self._prefill(batch, prompts, limits)
+        rows, ids, mask = self._prefill(batch, prompts, limits)
         noise_keys = _row_keys([keys[i] for i in rows], self.seed, self.step).to(ids.device)
         start, done = ids.shape[1], 0  # column of the first new token; new tokens so far
         while rows:
@@ -673,12 +676,11 @@ class Sampler:
                 processors.append(_Noise(noise_keys, done))
             left = max(limits[i] for i in rows) - done
             count = min(self.segment, left) if self.share else left
-            out = self.model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, min_new_tokens=0,
-                logits_processor=processors, return_dict_in_generate=True, use_cache=True,
+            ids = self.model.generate(
+                ids, attention_mask=mask, past_key_values=self.cache, max_new_tokens=count, min_new_tokens=0,
+                logits_processor=processors, use_cache=True,
                 synced_gpus=False,  # no collective inside: ranks have different numbers of rows
             )  # fmt: skip
-            ids, cache = out.sequences, out.past_key_values
             self.decode_tokens += len(rows) * (ids.shape[1] - start - done)
             done = ids.shape[1] - start
             keep = []
@@ -691,7 +693,7 @@ class Sampler:
                     keep.append(row)
             if len(keep) < len(rows) and keep:
                 select = torch.tensor(keep, device=ids.device)
-                cache.batch_select_indices(select)
+                self.cache.batch_select_indices(select)
                 ids, mask, noise_keys = ids[select], mask[select], noise_keys[select]
             rows = [rows[row] for row in keep]
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], ids.shape[1] - mask.shape[1])], 1)

@@ -210,6 +210,11 @@ def is_tiny(model):
     return model == "tiny" or config.is_file() and json.loads(config.read_text()).get("memtrain_world") == "tiny"
 
 
+def compute_dtype(device):
+    """What a model computes in, and its cache and checkpoints hold: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def open_policy(path, device):
     """-> (Policy of a checkpoint, fp32 and sharded over all ranks: the master copy that is trained; tokenizer).
 
@@ -258,10 +263,6 @@ def shard(policy, device, master=True):
     return policy
 
 
-def compute_dtype(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def reshard(policy):
     """Drops the gathered weights, which are stale after an optimizer step."""
     from torch.distributed.fsdp import FSDPModule
@@ -287,7 +288,7 @@ def gathered(policy):
 def kv_bytes(lm, device):
     """Bytes of a token's keys and values."""
     head = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
-    return 2 * (2 if device.type == "cuda" else 4) * lm.config.num_hidden_layers * lm.config.num_key_value_heads * head
+    return 2 * compute_dtype(device).itemsize * lm.config.num_hidden_layers * lm.config.num_key_value_heads * head
 
 
 def kv_budget(lm, device, to_come=0):
@@ -303,7 +304,7 @@ def kv_budget(lm, device, to_come=0):
 def plan_memory(cfg, lm, device):
     """Sets cfg.kv_tokens where it is 0, from the memory that training will leave. -> a line with a rank's memory by purpose"""
     count, world = sum(parameter.numel() for parameter in lm.parameters()), dist.get_world_size()
-    width, whole = (2, True) if device.type == "cuda" else (4, world > 1)
+    width, whole = compute_dtype(device).itemsize, device.type == "cuda" or world > 1
     size = {"weights": 4 * count / world, "gradients": 4 * count / world, "optimizer": 8 * count / world,
             "reference": width * count / world * (cfg.kl > 0), "gathered weights": width * count * whole}  # fmt: skip
     cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device, size["gradients"] + size["optimizer"] + size["gathered weights"])

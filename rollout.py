@@ -612,8 +612,9 @@ class Sampler:
 
         def fits(batch):
             counts = [len(members) for _, members in batch]
-            even = len(counts) * max(counts) <= 2 * sum(counts)  # attention fills all groups up to the largest
-            return even and _cache_tokens(sum(counts), len(counts), *size(batch))[0] <= self.kv_tokens
+            tokens, once = _cache_tokens(sum(counts), len(counts), *size(batch))
+            even = len(counts) * max(counts) <= 2 * sum(counts)  # attention to what is stored once fills all groups up to the largest
+            return tokens <= self.kv_tokens and (even or not once)
 
         groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         batches, batch = [], []

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -245,10 +245,11 @@ def shard(policy, device, master=True):
     -> policy on its device"""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if dist.get_world_size() == 1 and device.type == "cpu":
+    dtype = compute_dtype(device)
+    if dist.get_world_size() == 1 and dtype == torch.float32:
         return policy
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
@@ -274,13 +275,22 @@ def reshard(policy):
 
 @contextlib.contextmanager
 def gathered(policy):
-    """Inside, every rank holds the whole model, so that `generate` and training rows run without gathering it layer by layer."""
+    """Inside, every rank holds the whole model, so that `generate` and training rows run without gathering it layer by layer.
+
+    Where no gradients are wanted, FSDP's hooks have nothing left to do, and would cost 0.3 ms of a CPU a layer and token."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-    yield
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    idle = [] if torch.is_grad_enabled() else [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
+    for unit, *_ in idle:
+        unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for unit, before, after in idle:
+            unit._forward_pre_hooks, unit._forward_hooks = before, after
     dist.barrier()
     reshard(policy)
 

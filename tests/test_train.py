@@ -217,17 +217,20 @@ def test_the_gradient_does_not_depend_on_the_size_of_a_row(alone):
 TWO_RANKS = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, torch.distributed as dist, train, grpo
+import contextlib, torch, torch.distributed as dist, train, grpo
 from test_train import Recorder, some_sequences
 from conftest import tiny_model
 device = train.start_ranks()
 mine = [s for s in some_sequences() if (0 if sys.argv[2] == "empty" else s.document % 2) == dist.get_rank()]
 policy = train.shard(grpo.Policy(tiny_model()), device)
 recorder = Recorder(policy)
+with contextlib.suppress(ConnectionError), torch.no_grad(), train.gathered(policy):
+    rollout = policy([[1, 2, 3]], [[4, 5]])[0]
+    raise ConnectionError  # what is set aside for a rollout is there for the update all the same
 for _ in range(2):  # the second finds everything as the first did
     train.update(train.Config(max_grad_norm=1e9, tokens_per_forward=40), policy, recorder, mine, None, None, train.Counter())
 if dist.get_rank() == 0:
-    torch.save((recorder.gradient, [name for name, _ in policy.named_parameters()]), sys.argv[1])
+    torch.save((recorder.gradient, [name for name, _ in policy.named_parameters()], rollout), sys.argv[1])
 dist.destroy_process_group()
 """
 
@@ -271,7 +274,8 @@ def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_confi
 def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
     done = run([str(tmp_path / "result"), share], tmp_path, ranks=2, code=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-2000:]
-    two, names = torch.load(tmp_path / "result")
+    two, names, rollout = torch.load(tmp_path / "result")
+    torch.testing.assert_close(rollout, grpo.Policy(tiny_model())([[1, 2, 3]], [[4, 5]])[0].detach())
     one = gradient(train.Config(max_grad_norm=1e9), some_sequences())
     assert names == [name for name, _ in grpo.Policy(tiny_model()).named_parameters()]
     assert (two - one).norm() / one.norm() < 1e-6
@@ -478,6 +482,20 @@ def test_two_ranks_train_as_one(pocket_model, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
         torch.testing.assert_close(value, weights_of(tmp_path / "ranks2/step-000002")[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(ranks, pocket_model, tmp_path):
+    code = ANY_REWARD.replace("train.main", "import torch\ntrain.compute_dtype = lambda device: torch.bfloat16\ntrain.main")
+    flags = ["--model", pocket_model, *SIZES, "--documents_per_update", "2", "--gradient_checkpointing", "--kl", "0.1", "--lr", "1e-3", "--out", "run"]
+    for steps in ("1", "2"):
+        done = run([*flags, "--steps", steps, "--resume"], tmp_path, ranks=ranks, code=code)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert {value.dtype for value in weights_of(tmp_path / "run" / f"step-00000{steps}").values()} == {torch.bfloat16}
+    first, second = (line for line in metrics_of(tmp_path / "run") if "grad" in line)
+    for line in first, second:
+        assert line["ratio"] == pytest.approx(1, abs=0.05) and 0 < line["grad"] < 10 and line["skipped"] == 0 and line["kl"] < 0.1
+    assert first["kl"] < second["kl"]  # the master weights took the first step, although it is small in bf16
 
 
 # ---------------------------------------------------------------------------------------------------------- it can learn

@@ -189,8 +189,8 @@ def attention_plan(units, device):
             keys = [[*range(f, f + b), *range(s, s + n)] + [0] * (k - b - n) for f, b, s, n in batch]
             before = torch.tensor([s[1] for s in batch], device=device)[:, None, None, None]
             columns, rows = torch.arange(k, device=device), torch.arange(q, device=device)[:, None]
-            # query i of a segment is its key before + i and sees all keys up to there (lower-right causal: None)
-            mask = columns <= before + rows if len(batch) > 1 else None
+            # query i of a segment is its key before + i and sees all keys up to there (lower-right causal)
+            mask = columns <= before + rows if len(batch) > 1 else causal_lower_right(q, k)
             plan.append((torch.tensor(queries, device=device), torch.tensor(keys, device=device), mask, [s[3] for s in batch]))
             order += [position for _, _, s, n in batch for position in range(s, s + n)]
         batch = [segment]
@@ -215,7 +215,6 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     outputs = []
     for queries, keys, mask, lengths in segments:
         q, k, v = query[queries].transpose(1, 2), key[keys].transpose(1, 2), value[keys].transpose(1, 2)  # (n, H, q or k, D)
-        mask = causal_lower_right(q.shape[2], k.shape[2]) if mask is None else mask  # made here: it would not survive FSDP's casts
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped and not query.is_cuda).transpose(1, 2)
         outputs += [rows[:length] for rows, length in zip(out, lengths)]
     return torch.cat(outputs)[order][None], None

@@ -376,51 +376,57 @@ def study(args):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name, score in guesses(rows, (CONFIG["memory_tokens"] - 1) // FACT).items():
             results.setdefault(name, {})[n] = [score]
-    jobs, runs, clock = {}, arms(steps), time.time()
+    runs, folders = arms(steps), run_arms(out, arms(steps), args.seeds, [*files.values()])
+    for name in runs:
+        tables = [json.loads(Path(f"{folder}.json").read_text())["table"] for folder in folders[name]]
+        results[name] = {n: [table[file.stem]["em"][0] for table in tables] for n, file in files.items()}
+    proxy = {name: [heldout_looks(folder) for folder in folders[name]] for name in ("full", "decoupled", "e2e", "shuffled")}
+    (out / "results.json").write_text(json.dumps({"exact match by length": results, "held-out proxy tasks": proxy}, indent=1) + "\n")
+    text = report(results, proxy, lengths)
+    text += (f"\n{args.seeds} seed{'s' * (args.seeds > 1)}, {count} questions a length, in trained documents of {CONFIG['chunks']} chunks; "
+             f"± half a 95 % interval over seeds\n")  # fmt: skip
+    (out / "report.md").write_text(text)
+    print(text)
+    draw(out / "figure.png", results, lengths, runs)
+
+
+def run_arms(out, runs, seeds, files):
+    """Trains and evaluates what of `runs` is not there yet. -> {arm: its folder for every seed}; the table of eval.py on `files`
+    lies beside each, as folder.json"""
+    jobs, clock, root = {}, time.time(), Path(__file__).parent
 
     def run(name, seed, start, flags):
-        folder, root = out / f"{name}-{seed}".replace(" ", ""), Path(__file__).parent
-        table = Path(f"{folder}.json")
+        folder, table = (out / f"{name}-{seed}{end}".replace(" ", "") for end in ("", ".json"))
         model = [] if start is None else ["--model", jobs[start, seed].result()]
         train = ["train.py", *model, *flags, "--seed", seed, "--out", folder, "--processes", 1, "--resume"]
-        test = ["eval.py", "longqa", "--model", folder, "--seed", 0, "--batch", count, "--data", *files.values(), "--out", table]
-        if not table.exists() or not {file.stem for file in files.values()} <= {*json.loads(table.read_text())["table"]}:
+        test = ["eval.py", "longqa", "--model", folder, "--seed", 0, "--batch", 500, "--data", *files, "--out", table]
+        if not table.exists() or not {file.stem for file in files} <= {*json.loads(table.read_text())["table"]}:
             with open(f"{folder}.log", "w") as log:
                 for script, *rest in train, test:
                     command = [sys.executable, str(root / script), *map(str, rest)]
                     if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
                         raise SystemExit(f"{' '.join(command)} failed: see {log.name}; the same study goes on once that is mended")
-            print(f"{(time.time() - clock) / 60:.0f} min: {name}, seed {seed}; {sum(job.done() for job in jobs.values()) + 1} of {len(runs) * args.seeds}", flush=True)
+            print(f"{(time.time() - clock) / 60:.0f} min: {name}, seed {seed}; {sum(job.done() for job in jobs.values()) + 1} of {len(jobs)}", flush=True)
         return folder
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, (start, flags) in runs.items():  # in this order, so that none waits for one that comes after it
-            for seed in range(args.seeds):
+            for seed in range(seeds):
                 jobs[name, seed] = pool.submit(run, name, seed, start, flags)
         try:
             for job in as_completed(jobs.values()):
                 job.result()
         finally:  # after a failure, or Ctrl-C, what runs may end, and nothing more begins
             pool.shutdown(wait=False, cancel_futures=True)
-    for (name, seed), job in jobs.items():
-        table = json.loads(Path(f"{job.result()}.json").read_text())["table"]
-        for n, file in files.items():
-            results.setdefault(name, {}).setdefault(n, []).append(table[file.stem]["em"][0])
-    looks = {}  # held-out end-to-end and recall exact match, before and after
-    for name in ("full", "decoupled", "e2e", "shuffled"):
-        for seed in range(args.seeds):
-            lines = [json.loads(line) for line in (jobs[name, seed].result() / "metrics.jsonl").read_text().splitlines()]
-            seen = [line["heldout"] for line in lines if "heldout" in line]
-            for kind, task in ("trajectory", "E2E"), ("recall", "recall"):
-                for when, look in ("before", seen[0]), ("after", seen[-1]):
-                    looks.setdefault(name, {}).setdefault(f"{task} {when}", []).append(look[kind][0])
-    (out / "results.json").write_text(json.dumps({"exact match by length": results, "held-out proxy tasks": looks}, indent=1) + "\n")
-    text = report(results, looks, lengths)
-    text += (f"\n{args.seeds} seed{'s' * (args.seeds > 1)}, {count} questions a length, in trained documents of {CONFIG['chunks']} chunks; "
-             f"± half a 95 % interval over seeds\n")  # fmt: skip
-    (out / "report.md").write_text(text)
-    print(text)
-    draw(out / "figure.png", results, lengths, runs)
+    return {name: [jobs[name, seed].result() for seed in range(seeds)] for name in runs}
+
+
+def heldout_looks(folder):
+    """Exact match on held-out documents, of a run's first look and its last: {"E2E before", "E2E after", "recall before", "recall after"}."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    looks = [line["heldout"] for line in lines if "heldout" in line]
+    return {f"{task} {when}": look[kind][0] for task, kind in (("E2E", "trajectory"), ("recall", "recall"))
+            for when, look in (("before", looks[0]), ("after", looks[-1]))}  # fmt: skip
 
 
 def markdown(title, columns, rows):
@@ -432,7 +438,7 @@ def markdown(title, columns, rows):
     return "\n".join(lines) + "\n"
 
 
-def report(results, looks, lengths):
+def report(results, proxy, lengths):
     """The tables of a study: exact match by length, the claims as paired differences, the proxy tasks."""
     columns = [f"{n}x" for n in lengths] + ["mean"]
 
@@ -441,9 +447,9 @@ def report(results, looks, lengths):
 
     rows = {name: row(by_length) for name, by_length in results.items()}
     differences = {f"{claim}: {a} - {b}": [[x - y for x, y in zip(*pair)] for pair in zip(rows[a], rows[b])] for claim, (a, b) in CLAIMS.items()}
-    proxy = ["E2E before", "E2E after", "recall before", "recall after"]
+    looks = {name: [[look[column] for look in seeds] for column in seeds[0]] for name, seeds in proxy.items()}
     return "\n".join([markdown("long-text QA, exact match in %", columns, rows), markdown("difference in points, paired by seed", columns, differences),
-                      markdown("held-out proxy tasks, exact match in %", proxy, {name: [look[column] for column in proxy] for name, look in looks.items()})])  # fmt: skip
+                      markdown("held-out proxy tasks, exact match in %", list(proxy["full"][0]), looks)])  # fmt: skip
 
 
 def draw(path, results, lengths, runs):

@@ -249,7 +249,8 @@ def shard(policy, device, master=True):
     if dist.get_world_size() == 1 and dtype == torch.float32:
         return policy
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # No casts of inputs: layers receive what layers gave, and a plan of attention (grpo.py) would not survive them.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)

@@ -79,7 +79,7 @@ SIZES = {  # prompts x tokens, samples of each, new tokens; plain_rows: sequence
         "ragged": dict(prompts=32, length=256, group=1, new=1024),
     },
 }
-RANKS = dict(prompts=4, length=512, group=8, new=64)  # of the row "two ranks"
+RANKS = dict(prompts=16, length=512, group=8, new=64)  # of the row "two ranks"
 MEMORY = ("update", "rollout")  # rows whose peak memory is measured, in further runs
 REPEATS = 3
 
@@ -358,7 +358,7 @@ def ranks_worker(options):
     prompts = bench.prompts(RANKS["prompts"], RANKS["length"], RANKS["group"])
     mine = [i for i in range(len(prompts)) if i // RANKS["group"] % world == rank]
     total = len(prompts) * RANKS["new"]
-    for _ in range(REPEATS + 1):
+    for _ in range(2):  # the first one warms up
         dist.barrier()
         start = time.perf_counter()
         with torch.no_grad(), train.gathered(policy):
@@ -378,19 +378,19 @@ def ranks_worker(options):
         times.append(time.perf_counter() - start)
     if rank == 0:
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        print(json.dumps({"s": times[1:], "norm": norm}))  # the first one warms up
+        print(json.dumps({"s": times[-1], "norm": norm}))
     dist.destroy_process_group()
 
 
 def two_ranks(options):
     """Two gloo ranks against one, of the same threads each: `plain` is one rank. Equal: the norm of the gradient."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    results = []
-    for world in (2, 1):
+    results = {2: [], 1: []}
+    for world in [2, 1] * REPEATS:
         done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    ours, plain = (statistics.median(result["s"]) for result in results)
-    equal = abs(results[0]["norm"] / results[1]["norm"] - 1) < 1e-5
+        results[world].append(json.loads(done.stdout.splitlines()[-1]))
+    ours, plain = (statistics.median(result["s"] for result in results[world]) for world in (2, 1))
+    equal = abs(results[2][0]["norm"] / results[1][0]["norm"] - 1) < 1e-5
     return {"shape": "two ranks 5M: " + ", ".join(f"{k} {v}" for k, v in RANKS.items()), "ours_s": ours, "plain_s": plain,
             "ratio": plain / ours, "equal": equal}  # fmt: skip
 

@@ -220,3 +220,39 @@ def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(tok):
 def test_the_demo_runs():
     shown = subprocess.run([sys.executable, tiny.__file__], capture_output=True, text=True, check=True).stdout
     assert "memory" in shown and "\\boxed{" in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- study
+def test_the_interval_over_seeds_is_students():
+    mean, half = tiny.spread([0.2, 0.3, 0.7])
+    assert mean == pytest.approx(0.4) and half == pytest.approx(4.303 * 0.26458 / 3**0.5, rel=1e-3)
+    assert tiny.spread([0.5]) == (0.5, None)
+
+
+def test_an_oracle_memory_answers_all_a_guess_one_in_eight_and_random_facts_lie_between():
+    scores = tiny.guesses(tiny.questions(600, 13), room=4)
+    assert scores["oracle memory"] == 1
+    assert abs(scores["guess"] - 1 / 8) < 0.05 and abs(scores["random facts"] - (1 / 2 + 1 / 2 / 8)) < 0.07
+
+
+def test_every_arm_of_the_study_starts_from_one_before_it_and_every_claim_compares_two_of_them():
+    runs = list(tiny.arms(24).items())
+    for i, (_, (start, _)) in enumerate(runs):
+        assert start is None or start in dict(runs[:i])
+    assert {arm for pair in tiny.CLAIMS.values() for arm in pair} <= {*dict(runs)}
+
+
+def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
+    results = {name: {1: [0.1, 0.5, 0.9], 2: [0.1, 0.5, 0.9]} for name in tiny.arms(24)}
+    results["full"] = {1: [0.2, 0.6, 1.0], 2: [0.1, 0.5, 0.9]}
+    looks = {"E2E before": 0.25, "E2E after": 0.75, "recall before": 0.5, "recall after": 0.5}
+    lines = tiny.report(results, dict.fromkeys(("full", "e2e"), [looks] * 3), [1, 2]).splitlines()
+    assert "| full | 60.0 ± 99.3 | 50.0 ± 99.3 | 55.0 ± 99.3 |" in lines
+    assert "| (a) MemTrain alone: full - warm | 10.0 ± 0.0 | 0.0 ± 0.0 | 5.0 ± 0.0 |" in lines
+    assert "| e2e | 25.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
+
+
+def test_a_run_of_the_study_that_fails_is_named_with_its_log(tmp_path):
+    with pytest.raises(SystemExit, match=r"train.py --steps many .* failed: see .*warm-0.log; the same study goes on"):
+        tiny.run_arms(tmp_path, {"warm": (None, ["--steps", "many"]), "full": ("warm", [])}, 1, [])
+    assert "many" in (tmp_path / "warm-0.log").read_text() and not (tmp_path / "full-0.log").exists()

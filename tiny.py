@@ -399,7 +399,7 @@ def run_arms(out, runs, seeds, files):
         folder, table = (out / f"{name}-{seed}{end}".replace(" ", "") for end in ("", ".json"))
         model = [] if start is None else ["--model", jobs[start, seed].result()]
         train = ["train.py", *model, *flags, "--seed", seed, "--out", folder, "--processes", 1, "--resume"]
-        test = ["eval.py", "longqa", "--model", folder, "--seed", 0, "--batch", 500, "--data", *files, "--out", table]
+        test = ["eval.py", "longqa", "--model", folder, "--seed", 0, "--batch", 250, "--data", *files, "--out", table]
         if not table.exists() or not {file.stem for file in files} <= {*json.loads(table.read_text())["table"]}:
             with open(f"{folder}.log", "w") as log:
                 for script, *rest in train, test:
@@ -505,7 +505,7 @@ def main():
     commands = parser.add_subparsers(dest="command")
     options = commands.add_parser("study", help="the paper's claims at pocket size")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="of the documents asked about, in trained ones")
+    options.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N", help="of the documents asked about, in trained ones")
     options.add_argument("--quick", action="store_true", help="one seed, few steps, short documents: minutes")
     options.add_argument("--out", help="folder for all runs and results [runs/study, runs/quick-study]")
     args = parser.parse_args()

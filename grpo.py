@@ -266,10 +266,11 @@ class Policy(nn.Module):
         return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
 
     def forward(self, prompts, responses, temperature=1.0):
-        """Lists of token-id lists -> list of (length of response,) fp32 log-probs, in the order given; all in one row.
+        """Token-id lists, as many of either -> list of (length of response,) fp32 log-probs, in the order given; all in one row.
 
         temperature divides the logits, as it did when the responses were sampled.
         """
+        prompts, responses = list(prompts), list(responses)
         if not self.shares:
             return [self._alone(*turn, temperature) for turn in zip(prompts, responses)]
         row, positions, units, predictors, order = [], [], [], [], []

@@ -578,7 +578,8 @@ def forward_rows(cfg, policy, sequences, backward=None):
     rows += [[]] * (max(everyone(len(rows))) - len(rows))
     result = [None] * len(sequences)
     for row in rows:
-        logps = policy([sequences[i].prompt for i in row] or [[0]], [sequences[i].response for i in row] or [[0]], cfg.temperature)
+        prompts, responses = [sequences[i].prompt for i in row] or [[0]], [sequences[i].response for i in row] or [[0]]
+        logps = policy(iter(prompts), iter(responses), cfg.temperature)  # FSDP would search lists for tensors, id by id: seconds
         if backward:
             loss = backward(row, torch.cat(logps)) if row else 0 * logps[0].sum()
             (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; weights are already global
@@ -720,7 +721,8 @@ def course(cfg, material):
 def check_course(cfg, now):
     """Refuses to go on with a run under other settings or data; takes over its KV budget, unless another was asked for."""
     before = json.loads(Path(cfg.out, "config.json").read_text())
-    cfg.kv_tokens = cfg.kv_tokens or before["kv_tokens"]
+    if before["ranks"] == dist.get_world_size():  # on more or fewer, other parts of the model lie on each
+        cfg.kv_tokens = cfg.kv_tokens or before["kv_tokens"]
     changed = [f"{name} was {before.get(name)} and is {value}" for name, value in now.items() if before.get(name) != value]
     if changed and not cfg.force:
         raise ValueError(f"--resume: {cfg.out} was begun otherwise ({'; '.join(changed)}): put that back, or add --force")
@@ -1040,18 +1042,22 @@ def leave_with_parent():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Bad input ends in one line, from rank 0, and status 2; the process group is left in any case."""
+    """Bad input ends in one line, and status 2. A rank that fails just leaves, and torchrun ends the others: to take the process
+    group apart, it would have to wait for them."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # where all ranks fail, rank 0 speaks for them, and they are ended before they do
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() == 1:
             dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @one_line_errors()

@@ -12,8 +12,8 @@ the prompts' logits, as recent versions of TRL do; nothing else in this file cha
 Every row is first checked for equal results: the same greedy tokens, and gradients that differ by less than 1e-5 of their
 norm (bf16: gradients by less than 5e-2, tokens not at all). Then both ways take turns, three times each, and the medians
 count: ratios of one run on one machine are fair even where other work slows it down; seconds of different runs can't be
-compared. Both sample at temperature 1 (ours with its
-hashed noise), and no end token exists, so that all responses have the length of their limit. Models are randomly initialised.
+compared. Both sample at temperature 1 (ours with its hashed noise), and no end token exists, so that all responses have the length
+of their limit. Models are randomly initialised.
 
 Peak memory is what a run adds to a process that already holds the model: on a CPU the rise of the resident set's high-water
 mark in a fresh process per variant, on a GPU the allocator's peak. Tokens are counted by a hook on the model's body, padding
@@ -104,8 +104,7 @@ class Bench:
             if options.shape == "paper":
                 lms[-1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 lms[-1].train()
-        self.plain, self.policy = lms[0], grpo.Policy(lms[1])
-        assert self.policy.shares
+        self.plain, self.policy = lms[0], grpo.Policy(lms[1], shares=True)  # bf16 may be too coarse to find that out
         self.tokens = dict.fromkeys(("ours", "plain"), 0)
         for side, lm in ("plain", self.plain), ("ours", self.policy.lm):
             lm.base_model.register_forward_pre_hook(lambda *call, side=side: self._count(side, *call), with_kwargs=True)
@@ -324,6 +323,9 @@ def measure(options, model, name):
     if options.device == "cuda":
         result |= utilisation(options, bench, row, name, ours, tokens["ours"])
     del bench, row
+    gc.collect()  # hooks hold the models in a cycle
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
     if name in MEMORY:
         ours, plain = (in_fresh_process(peak_memory, options, model, name, side) for side in ("ours", "plain"))
         result |= {"ours_bytes": ours, "plain_bytes": plain, "memory_ratio": ours / plain if plain else None}
@@ -385,9 +387,9 @@ def ranks_worker(options):
 def two_ranks(options):
     """Two gloo ranks against one, of the same threads each: `plain` is one rank. Equal: the norm of the gradient."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    results = {2: [], 1: []}
+    results, alone = {2: [], 1: []}, os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for world in [2, 1] * REPEATS:
-        done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True, env=alone)
         results[world].append(json.loads(done.stdout.splitlines()[-1]))
     ours, plain = (statistics.median(result["s"] for result in results[world]) for world in (2, 1))
     equal = abs(results[2][0]["norm"] / results[1][0]["norm"] - 1) < 1e-5

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; before transformers is imported
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor a GPU; before torch is
 
 import pytest
 import torch

@@ -484,6 +484,26 @@ def test_two_ranks_train_as_one(pocket_model, tmp_path):
         torch.testing.assert_close(value, weights_of(tmp_path / "ranks2/step-000002")[name], rtol=1e-4, atol=1e-5)
 
 
+LONE_FAILURE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist, train
+@train.one_line_errors()
+def main():
+    train.start_ranks()
+    if sys.argv[1] == "all" or dist.get_rank() == 1:
+        raise ValueError("no such thing")
+    dist.barrier()
+main()
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "rank 1"])
+def test_an_error_of_one_rank_or_of_all_is_one_line_and_ends_the_run(who, tmp_path):
+    done = run([who], tmp_path, ranks=2, code=LONE_FAILURE)
+    assert done.returncode == 1 and done.stderr.count("error: no such thing") == 1, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(ranks, pocket_model, tmp_path):
     code = ANY_REWARD.replace("train.main", "import torch\ntrain.compute_dtype = lambda device: torch.bfloat16\ntrain.main")

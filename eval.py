@@ -76,8 +76,7 @@ def open_kit(args, cfg, device):
     policy, tokenizer = train.open_policy(args.model, device)
     lm, pocket = policy.eval().lm, train.is_tiny(args.model)
     prompts = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order)
-    gathered = train.compute_dtype(device).itemsize * sum(parameter.numel() for parameter in lm.parameters())
-    cfg.kv_tokens = cfg.kv_tokens or train.kv_budget(lm, device, gathered)
+    cfg.kv_tokens = cfg.kv_tokens or train.kv_budget(lm, device)
     temperature, top_p = (1.0, 1.0) if args.command == "memtrain" else (args.temperature, args.top_p)
     sampler = Sampler(lm, train.end_ids(lm, tokenizer), temperature=0 if args.greedy else temperature, top_p=top_p, kv_tokens=cfg.kv_tokens,
                       segment=cfg.segment, seed=cfg.seed, stop=prompts.closed if cfg.task == "searchqa" else None, share=policy.shares)  # fmt: skip

@@ -376,7 +376,8 @@ def study(args):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name, score in guesses(rows, (CONFIG["memory_tokens"] - 1) // FACT).items():
             results.setdefault(name, {})[n] = [score]
-    runs, folders = arms(steps), run_arms(out, arms(steps), args.seeds, [*files.values()])
+    runs = arms(steps)
+    folders = run_arms(out, runs, args.seeds, [*files.values()])
     for name in runs:
         tables = [json.loads(Path(f"{folder}.json").read_text())["table"] for folder in folders[name]]
         results[name] = {n: [table[file.stem]["em"][0] for table in tables] for n, file in files.items()}

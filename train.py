@@ -265,13 +265,17 @@ def shard(policy, device, master=True):
     return policy
 
 
-def reshard(policy):
-    """Drops the gathered weights, which are stale after an optimizer step."""
+def fsdp_units(policy):
+    """The modules that FSDP shards, each by itself; none where the model is plain."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(policy):
+    """Drops the gathered weights, which are stale after an optimizer step."""
+    for unit in fsdp_units(policy):
+        unit.reshard()
 
 
 @contextlib.contextmanager
@@ -279,9 +283,7 @@ def gathered(policy):
     """Inside, every rank holds the whole model, so that `generate` and training rows run without gathering it layer by layer.
 
     Where no gradients are wanted, FSDP's hooks have nothing left to do, and would cost 0.3 ms of a CPU a layer and token."""
-    from torch.distributed.fsdp import FSDPModule
-
-    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    units = fsdp_units(policy)
     for unit in units:
         unit.unshard()
     idle = [] if torch.is_grad_enabled() else [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
@@ -303,10 +305,12 @@ def kv_bytes(lm, device):
 
 
 def kv_budget(lm, device, to_come=0):
-    """Tokens of KV cache that fit into 60 % of the free memory of the fullest rank, less `to_come` bytes (on a CPU: 131072)."""
+    """Tokens of KV cache that fit into 60 % of the free memory of the fullest rank, less the gathered weights and `to_come` bytes
+    (on a CPU: 131072)."""
     if device.type == "cpu":
         return 2**17
-    room = min(everyone(torch.cuda.mem_get_info(device)[0])) - to_come
+    weights = compute_dtype(device).itemsize * sum(parameter.numel() for parameter in lm.parameters())
+    room = min(everyone(torch.cuda.mem_get_info(device)[0])) - weights - to_come
     if room <= 0:
         raise ValueError(f"the model leaves no memory for a rollout ({-room / 1e9:.1f} GB short on a GPU): use more GPUs, or a smaller model")
     return int(0.6 * room / kv_bytes(lm, device))
@@ -318,7 +322,7 @@ def plan_memory(cfg, lm, device):
     width, whole = compute_dtype(device).itemsize, device.type == "cuda" or world > 1
     size = {"weights": 4 * count / world, "gradients": 4 * count / world, "optimizer": 8 * count / world,
             "reference": width * count / world * (cfg.kl > 0), "gathered weights": width * count * whole}  # fmt: skip
-    cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device, size["gradients"] + size["optimizer"] + size["gathered weights"])
+    cfg.kv_tokens = cfg.kv_tokens or kv_budget(lm, device, size["gradients"] + size["optimizer"])
     size["KV cache up to"] = cfg.kv_tokens * kv_bytes(lm, device)
     parts = " + ".join(f"{name} {value / 1e9:.2f}" for name, value in size.items() if value)
     return f"{count / 1e6:.1f}M parameters; memory of a rank, activations aside: {parts} = {sum(size.values()) / 1e9:.2f} GB"
@@ -719,7 +723,7 @@ def course(cfg, material):
 
 
 def check_course(cfg, now):
-    """Refuses to go on with a run under other settings or data; takes over its KV budget, unless another was asked for."""
+    """Refuses to go on with a run under other settings or data; takes over its KV budget on as many ranks, unless another was asked for."""
     before = json.loads(Path(cfg.out, "config.json").read_text())
     if before["ranks"] == dist.get_world_size():  # on more or fewer, other parts of the model lie on each
         cfg.kv_tokens = cfg.kv_tokens or before["kv_tokens"]

@@ -1,13 +1,14 @@
 """Answers and rewards: what counts as right, and what a trajectory earns for it.
 
-Every function is total (any string goes in, nothing raises), linear in the length of its input and needs the standard
-library alone: copy this file as it is.
+Every function is total (any string goes in, nothing raises), linear in the length of its input and
+needs the standard library alone: copy this file as it is.
 
     python rewards.py            runs the examples below and prints a few rewards
 
 Differences from the neighbours:
-  1. A gold or an answer that normalises to nothing is compared as it stands. Under the plain SQuAD rule "" would equal
-     "the", and in MemAgent's two-directional match an empty answer would be inside every gold.
+  1. A gold or an answer that normalises to nothing is compared as it stands. Under the plain SQuAD
+     rule "" would equal "the", and in MemAgent's two-directional match an empty answer would be
+     inside every gold.
   2. No format reward anywhere: MEM1's was reported to hurt.
 """
 
@@ -20,7 +21,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def extract_boxed(text):
-    r"""The inside of the last balanced \boxed{...}, nested braces kept, blanks stripped; None without one.
+    r"""The inside of the last balanced \boxed{...}, its own braces kept, blanks stripped, or None.
 
     >>> extract_boxed(r"first \boxed{Rome}, then \boxed{ the {Eternal} City }.")
     'the {Eternal} City'
@@ -29,15 +30,19 @@ def extract_boxed(text):
     >>> extract_boxed("Rome") is None
     True
     """
-    # One pass: every "{" is pushed with the place where its box starts (None for a plain brace), every "}" pops one.
-    # Of boxes inside boxes the outermost counts, as it closes last.
+    # One pass: every "{" is pushed with the place where its box starts (None for a plain brace),
+    # every "}" pops one. Of boxes inside boxes the outermost counts, as it closes last.
     answer, stack = None, []
     for token in re.finditer(r"\\boxed\s*\{|[{}]", text):
-        if token.group() != "}":
-            stack.append(token.end() if token.group() != "{" else None)
-        elif stack and (start := stack.pop()) is not None:
-            answer = (start, token.start())
-    return text[slice(*answer)].strip() if answer else None
+        if token.group() == "{":
+            stack.append(None)
+        elif token.group() != "}":
+            stack.append(token.end())
+        elif stack:
+            start = stack.pop()
+            if start is not None:
+                answer = text[start : token.start()].strip()
+    return answer
 
 
 def normalize_answer(text):
@@ -61,10 +66,12 @@ def _comparable(text):
 
 def _best(score, prediction, golds):
     """The best score over the golds; 0 for no prediction, a blank one, or no golds."""
-    if prediction is None or not (prediction := _comparable(prediction)):
+    prediction = _comparable(prediction or "")
+    golds = [golds] if isinstance(golds, str) else golds
+    golds = [gold for gold in map(_comparable, golds) if gold]
+    if not prediction or not golds:
         return 0.0
-    golds = filter(None, map(_comparable, [golds] if isinstance(golds, str) else golds))
-    return max((float(score(prediction, gold)) for gold in golds), default=0.0)
+    return max(float(score(prediction, gold)) for gold in golds)
 
 
 def exact_match(prediction, golds):
@@ -88,7 +95,9 @@ def sub_exact_match(prediction, golds):
 
 
 def memagent_sub_em(prediction, golds):
-    """MemAgent's sub_em, two-directional and by characters: gold in answer, or answer in gold. For its tables only.
+    """MemAgent's sub_em, two-directional and by characters: gold in answer, or answer in gold.
+
+    For its tables only.
 
     >>> memagent_sub_em("Rome", ["Rome, Italy"]), memagent_sub_em("", ["Rome"])
     (1.0, 0.0)
@@ -97,7 +106,8 @@ def memagent_sub_em(prediction, golds):
 
 
 def token_f1(prediction, golds):
-    """SQuAD's F1 over words, best over the golds. 'yes', 'no' and 'noanswer' must match whole, as in HotpotQA.
+    """SQuAD's F1 over words, best over the golds. As in HotpotQA, 'yes', 'no' and 'noanswer' must
+    match whole.
 
     >>> round(token_f1("the Eiffel Tower in Paris", ["Eiffel Tower"]), 3)
     0.667
@@ -124,13 +134,28 @@ def split_answers(text, n):
     return answers + [None] * (n - len(answers))
 
 
+def answer_reward(answer, golds):
+    """What an answer earns, in all tasks: R_I of a recall (eq. 1), the first part of R_E (eq. 2), a
+    question's reward in post-training.
+
+    Another reward goes here, and here only: what is reported stays exact match.
+
+    >>> answer_reward("Rome", ["Rome"])
+    1.0
+    """
+    return exact_match(answer, golds)
+
+
 def end_to_end_reward(correct, recall_rewards, weight=0.5, objective="full"):
     """R_E of one trajectory (eq. 2): EM of its answer + weight * mean reward of its recalls.
 
-    >>> end_to_end_reward(1.0, [1.0, 0.0]), end_to_end_reward(1.0, [1.0, 0.0], objective="decoupled")
-    (1.25, 1.0)
+    >>> end_to_end_reward(1.0, [1.0, 0.0])
+    1.25
+    >>> end_to_end_reward(1.0, [1.0, 0.0], objective="decoupled")
+    1.0
     """
-    if objective != "full" or not recall_rewards:  # decoupled, e2e (section 5.1), or nothing to recall
+    # decoupled and e2e (section 5.1), and documents with nothing to recall
+    if objective != "full" or not recall_rewards:
         return correct
     return correct + weight * sum(recall_rewards) / len(recall_rewards)
 
@@ -139,6 +164,8 @@ if __name__ == "__main__":
     import doctest
 
     print("doctests:", doctest.testmod())
-    for text in [r"The mask stands for \boxed{Marie Curie}.", "no box", r"\boxed{the \{Curie\} family}"]:
-        print(f"{text!r}: answer {extract_boxed(text)!r}, EM {exact_match(extract_boxed(text), ['Marie Curie'])}")
-    print("R_E of a right answer whose memory passed 6 of 8 recalls:", end_to_end_reward(1.0, [1.0] * 6 + [0.0] * 2))
+    for text in [r"It is \boxed{Marie Curie}.", "no box", r"\boxed{the \{Curie\} family}"]:
+        answer = extract_boxed(text)
+        print(f"{text!r}: answer {answer!r}, EM {exact_match(answer, ['Marie Curie'])}")
+    reward = end_to_end_reward(1.0, [1.0] * 6 + [0.0] * 2)
+    print("R_E of a right answer whose memory passed 6 of 8 recalls:", reward)

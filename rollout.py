@@ -1,166 +1,146 @@
 """Agents with a bounded memory, and the sampler that keeps all of them going in lock step.
 
-An agent is a small object: `prompt()` gives (token ids, most new tokens), or None when it has finished, and `receive(ids)`
-takes the response. A sampler is any callable (prompts, limits, keys) -> responses, all of them token ids: `Sampler` is the
-language model behind Hugging Face `generate`; a scripted one serves tests and demonstrations. `rollout` joins the two and
-records every turn, so that training sees exactly the ids that were sampled. Nothing is ever decoded and encoded again.
+An agent is a small object that asks for text and takes it: see `Agent`, which states the whole
+contract. A sampler is any callable (prompts, limits, keys) -> list of `Response`: `Sampler` is the
+language model behind Hugging Face `generate`; a scripted one serves tests and demonstrations.
+`rollout` joins the two and records every turn, so that training sees exactly the ids that were
+sampled. Nothing is ever decoded and encoded again.
 
     python rollout.py            a demo on a random model, offline in seconds
 
 Differences from the papers:
-  1. The wording of the prompts is ours, and the final answer's prompt holds no section (the text of MemTrain says so; its
-     printed template still shows one).
-  2. `chunk_first` puts the section before the memory, so that all trajectories of a document share its keys and values.
-  3. Noise is a hash of (seed, step, trajectory, turn, position), not a generator's state: a rollout does not depend on how
-     its rows were batched, cut into segments or divided over ranks, and there is no random state to save.
+  1. The wording of the prompts is ours, and the final answer's prompt holds no section (the text of
+     MemTrain says so; its printed template still shows one).
+  2. `chunk_first` puts the section before the memory, so that all trajectories of a document share
+     its keys and values.
+  3. A token is drawn at a uniform number that is a hash of (seed, step, document, trajectory, turn,
+     position). A rollout does not depend on how its rows were batched, cut into segments or divided
+     over ranks, and there is no random state to save.
 
-Letters in shapes: B rows, N columns, V vocabulary; Q groups of up to G rows with a common prefix of P columns, H heads, D head size.
+Letters in shapes: B rows, N columns, V vocabulary.
 """
 
-import bisect
-import contextlib
 import hashlib
 import re
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+# -------------------------------------------------------------------------------------- prompts
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
 FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
-ATTENTION = "stored_once"  # the name of our attention function in transformers' AttentionInterface
-CACHE_ROOM = 64  # columns by which a full cache grows
-COPIED = 2**16  # tokens of a layer's cache that may be copied together while prompts are read
-PREFILL = 2**28  # most elements of an attention mask, which would be as large as rows * columns^2 for long prompts
+PAD = 0  # any id: padding is masked wherever it stands
+PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
 
 PROBLEM = (
-    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, which entity does "
-    "[MASK] stand for?"
+    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, "
+    "which entity does [MASK] stand for?"
 )
 
+# what the prompts are made of; tags on lines of their own
+PROBLEM_BLOCK = "\n<problem>\n{problem}\n</problem>\n"
+MEMORY_BLOCK = "\n<memory>\n{memory}\n</memory>\n"
+SECTION_BLOCK = "\n<section>\n{section}\n</section>\n"
+
+UPDATE = """You are reading a long article section by section, and only your memory passes from \
+one section to the next. Read the section below and write the updated memory: keep what the old \
+memory says that may still be needed, add what the section says that helps with the problem, \
+and keep other facts (names, places, numbers, dates) that may be asked for later. Be concise, \
+and write nothing but the memory.
+"""
+ANSWER = """You have read a long article section by section, and this memory is all that is \
+left of it. Solve the problem from the memory, and put nothing but the final answer into \
+\\boxed{}.
+"""
+RECALL = """Below are your memory of an article and one of its earlier sections, in which an \
+entity was replaced by [TARGET]. Use the memory and the section to find out which entity \
+[TARGET] stands for, and put nothing but that entity into \\boxed{}.
+"""
+WHOLE = """Read the article below, solve the problem from it, and put nothing but the final \
+answer into \\boxed{}.
+"""
+SEARCH = """Answer the problem, which may hold several questions joined by semicolons. You may \
+search an encyclopedia. In every turn write first, between <think> and </think>, a summary of \
+all that you know so far and still need: only your last turn and its search results stay \
+visible. Then write either one query between <search> and </search>, whose results will be \
+shown between <information> and </information>, or, between <answer> and </answer>, the final \
+answers in the order of the questions, joined by semicolons and as short as possible.
+"""
+CLOSED_BOOK = "Solve the problem, and put nothing but the final answer into \\boxed{}.\n"
+YOUR_ANSWER = "\nYour answer:\n"
+
 TEMPLATES = {
-    "update": """You are reading a long article section by section, and only your memory passes from one section to the \
-next. Read the section below and write the updated memory: keep what the old memory says that may still be needed, add \
-what the section says that helps with the problem, and keep other facts (names, places, numbers, dates) that may be asked \
-for later. Be concise, and write nothing but the memory.
-
-<problem>
-{problem}
-</problem>
-
-<memory>
-{memory}
-</memory>
-
-<section>
-{section}
-</section>
-
-Updated memory:
-""",
-    "answer": """You have read a long article section by section, and this memory is all that is left of it. Solve the \
-problem from the memory, and put nothing but the final answer into \\boxed{}.
-
-<problem>
-{problem}
-</problem>
-
-<memory>
-{memory}
-</memory>
-
-Your answer:
-""",
-    "recall": """Below are your memory of an article and one of its earlier sections, in which an entity was replaced by \
-[TARGET]. Use the memory and the section to find out which entity [TARGET] stands for, and put nothing but that entity \
-into \\boxed{}.
-
-<memory>
-{memory}
-</memory>
-
-<section>
-{section}
-</section>
-
-Your answer:
-""",
-    "whole": """Read the article below, solve the problem from it, and put nothing but the final answer into \\boxed{}.
-
-<problem>
-{problem}
-</problem>
-
-<section>
-{section}
-</section>
-
-Your answer:
-""",
-    "closed_book": """Solve the problem, and put nothing but the final answer into \\boxed{}.
-
-<problem>
-{problem}
-</problem>
-
-Your answer:
-""",
-    "search": """Answer the problem, which may hold several questions joined by semicolons. You may search an encyclopedia. In \
-every turn write first, between <think> and </think>, a summary of all that you know so far and still need: only your last \
-turn and its search results stay visible. Then write either one query between <search> and </search>, whose results will be \
-shown between <information> and </information>, or, between <answer> and </answer>, the final answers in the order of the \
-questions, joined by semicolons and as short as possible.
-
-<problem>
-{problem}
-</problem>
-
-{previous}
-
-{turns} turns left; the last one must answer.
-""",
+    "update": UPDATE + PROBLEM_BLOCK + MEMORY_BLOCK + SECTION_BLOCK + "\nUpdated memory:\n",
+    "answer": ANSWER + PROBLEM_BLOCK + MEMORY_BLOCK + YOUR_ANSWER,
+    "recall": RECALL + MEMORY_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
+    "whole": WHOLE + PROBLEM_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
+    "closed_book": CLOSED_BOOK + PROBLEM_BLOCK + YOUR_ANSWER,
+    "search": SEARCH
+    + PROBLEM_BLOCK
+    + "\n{previous}\n\n{turns} turns left; the last one must answer.\n",
 }
-
-
-# ---------------------------------------------------------------------------------------------------- text to token ids
 
 
 def cleaner(tokenizer):
     """A function text -> text of the same length in which nothing can pass for structure.
 
-    Every token that the tokenizer recognises by its spelling (`<|im_end|>`, `</think>`) and every tag of ours loses its
-    first character to a look-alike, and lone surrogates, which no tokenizer takes, become U+FFFD. The length stays, so
-    character spans stay valid. (`split_special_tokens` would miss added tokens that are not 'special'.)
+    Every token that the tokenizer recognises by its spelling (`<|im_end|>`, `</think>`) and every
+    tag of ours loses its first character to a look-alike; lone surrogates, which no tokenizer
+    takes, become U+FFFD. The length stays, so that character spans stay valid.
+    (`split_special_tokens` would miss added tokens that are not 'special'.)
 
     >>> from types import SimpleNamespace
-    >>> clean = cleaner(SimpleNamespace(all_special_tokens=["<|im_end|>"], get_added_vocab=lambda: {"</think>": 7}))
+    >>> added = dict(all_special_tokens=["<|im_end|>"], get_added_vocab=lambda: {"</think>": 7})
+    >>> clean = cleaner(SimpleNamespace(**added))
     >>> clean("a<|im_end|> <b> </memory> [MASK] </think>")
     'a‹|im_end|> <b> ‹/memory> [MASK] ‹/think>'
     """
-    forged = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), *(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/"))}
-    first = {}  # first character -> the rests of the strings that start with it
-    for token in sorted(forged - {"[MASK]", "[TARGET]"}):
+    # all that must not be forged
+    structure = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    for tag in TAGS:
+        structure |= {f"<{tag}>", f"</{tag}>"}
+    structure -= {"[MASK]", "[TARGET]"}
+
+    # the first character of each, where the rest follows
+    patterns = ["[\ud800-\udfff]"]
+    for token in sorted(structure):
         if token.strip():
-            first.setdefault(token[0], []).append(re.escape(token[1:]))
-    pattern = re.compile("|".join(f"{re.escape(c)}(?={'|'.join(rests)})" for c, rests in first.items()) + "|[\ud800-\udfff]")
-    return lambda text: pattern.sub(lambda match: "\ufffd" if "\ud800" <= match.group() <= "\udfff" else "‹", text)
+            patterns.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
+    forged = re.compile("|".join(patterns))
+
+    def look_alike(match):
+        return "\ufffd" if "\ud800" <= match.group() <= "\udfff" else "‹"
+
+    return lambda text: forged.sub(look_alike, text)
 
 
 class Template:
-    """A one-message conversation with fields, as token ids: `template(memory=ids, section=ids)` -> ids.
+    """A one-message conversation with fields: `template(memory=ids, section=ids)` -> token ids.
 
-    The text goes through the tokenizer's chat template once (thinking off, where it has a switch), is cut at its fields,
-    and the literal pieces are tokenised once; what fills the fields is spliced in as ids. `len()` counts the literal ids.
+    The text goes through the tokenizer's chat template once (thinking off, where it has a switch),
+    is cut at its fields, and the literal pieces are tokenised once; what fills the fields is
+    spliced in as ids. `len()` counts the literal ids.
     """
 
     def __init__(self, tokenizer, text):
         if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model, or set tokenizer.chat_template")
+            raise ValueError(
+                "the tokenizer has no chat template: use an instruction-tuned model, "
+                "or set tokenizer.chat_template"
+            )
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        literals, self.fields = FIELDS.split(text)[::2], FIELDS.split(text)[1::2]
-        self.literals = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in literals]
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        pieces = FIELDS.split(text)  # literal, field, literal, field, .., literal
+        self.fields = pieces[1::2]
+        self.literals = []
+        for piece in pieces[::2]:
+            self.literals.append(tokenizer(piece, add_special_tokens=False)["input_ids"])
 
     def __call__(self, **fields):
         ids = list(self.literals[0])
@@ -174,549 +154,548 @@ class Template:
 
 
 class Prompts:
-    """All that stands between text and token ids: the templates of a tokenizer, and what its ids mean to an agent.
+    """All that stands between text and token ids, for one tokenizer.
 
-    update, answer, recall: `Template`s; clean: see `cleaner`; order: "memory_first" (the papers') or "chunk_first".
+    update, answer, recall, whole, closed_book, search: `Template`s, of TEMPLATES unless `texts`
+    gives others; problem: ids of MemTrain's fixed question; clean: see `cleaner`;
+    order: "memory_first" (the papers') or "chunk_first".
     """
 
-    def __init__(self, tokenizer, texts=TEMPLATES, order="memory_first"):
-        self.tokenizer, self.clean = tokenizer, cleaner(tokenizer)
+    def __init__(self, tokenizer, texts=None, problem=PROBLEM, order="memory_first"):
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the one that ends a turn")
-        if order == "chunk_first":
-            swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
-            texts = {name: swap.sub(r"\3\2\1", text) for name, text in texts.items()}
-        for name, text in texts.items():
+            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token")
+        self.tokenizer = tokenizer
+        self.clean = cleaner(tokenizer)
+        swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
+        for name, text in (TEMPLATES | (texts or {})).items():
+            if order == "chunk_first":
+                text = swap.sub(r"\3\2\1", text)
             setattr(self, name, Template(tokenizer, text))
+        self.problem = self.encode(problem)
         self.no_memory = self.encode(NO_MEMORY)
-        # all_special_ids alone lacks special tokens without a role (Llama's headers)
-        self.special_ids = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-        self.information = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in ("\n<information>\n", "\n</information>")]
+        self.information = []  # what stands before and after search results
+        for tag in ("\n<information>\n", "\n</information>"):
+            self.information.append(tokenizer(tag, add_special_tokens=False)["input_ids"])
+
+        # all_special_ids lacks special tokens without a role (Llama's headers)
+        self.special_ids = set(tokenizer.all_special_ids)
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                self.special_ids.add(token_id)
 
     def encode(self, text):
         """Token ids of any text, made safe first."""
         return self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
 
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def plain(self, ids):
-        """A response less its end token and whatever else is special: what may be spliced into the next prompt."""
+        """A response less its end token and whatever else is special: what may be spliced in."""
         return [i for i in ids if i not in self.special_ids]
 
     def closed(self, ids):
-        """The number of ids up to the one that completes the first closing tag of a search or an answer; None without one."""
+        """How many ids complete the first closing tag of a search or an answer; None without."""
         if not CLOSED.search(self.text(ids)):
             return None
-        return bisect.bisect_left(range(len(ids)), True, key=lambda n: bool(CLOSED.search(self.text(ids[:n]))))
-
-    def text(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        low, high = 1, len(ids)
+        while low < high:  # bisection: more ids never open what was closed
+            middle = (low + high) // 2
+            if CLOSED.search(self.text(ids[:middle])):
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def longest(self, problem, chunk_tokens, memory_tokens, answer_tokens):
         """Tokens of the longest prompt and response that a Reader or a Recaller can come to."""
         memory = max(memory_tokens, len(self.no_memory))
         update = len(self.update) + len(problem) + memory + chunk_tokens + memory_tokens
+        answer = len(self.answer) + len(problem) + memory + answer_tokens
         recall = len(self.recall) + memory + chunk_tokens + answer_tokens
-        return max(update, recall, len(self.answer) + len(problem) + memory + answer_tokens)
+        return max(update, answer, recall)
 
     def longest_search(self, problem, answer_tokens, result_tokens):
-        """The same for a Searcher: it sees its last response and the results, and writes another response."""
-        shown = answer_tokens + result_tokens + sum(map(len, self.information)) + len(self.encode("99"))
-        return len(self.search) + len(problem) + shown + answer_tokens
+        """The same for a Searcher, which sees its last response and the results."""
+        shown = answer_tokens + result_tokens + sum(map(len, self.information))
+        return len(self.search) + len(problem) + shown + len(self.encode("99")) + answer_tokens
 
 
-# --------------------------------------------------------------------------------------------------------------- agents
+# --------------------------------------------------------------------------------------- agents
+
+
+class Response(NamedTuple):
+    """What a sampler gives for a prompt."""
+
+    ids: list  # with the end token, where there is one
+    truncated: bool = False  # the limit cut it before an end token
+    logps: list = ()  # of every id, under the distribution that it was drawn from
 
 
 class Turn(NamedTuple):
-    """One training sequence: what the model saw, what it wrote, and whether the limit cut it before an end token."""
+    """One training sequence: what the model saw and wrote."""
 
     prompt_ids: list
     response_ids: list
     truncated: bool
+    logps: list
 
 
 class Agent:
-    """What all agents have: prompts, a key (the identity of its noise: document, trajectory, ..), and its turns so far."""
+    """The contract: `rollout` needs nothing else of an agent.
 
-    def __init__(self, prompts, key):
-        self.prompts, self.key, self.turns = prompts, tuple(key), []
+    key: a tuple that is the whole identity of its noise: (step, document, trajectory, ..), where
+    document is the number of the row within its step.
+    turns: what it has done, a `Turn` each, filled by `rollout`.
+    query: a text to search for before the next turn, whose results go to `inform(passages)`.
+    """
 
-    def trim(self, response):
-        """-> (the ids of a response that count, whether the limit cut it before an end token)"""
-        return response, not response or response[-1] not in self.prompts.special_ids
+    query = None
+
+    def __init__(self, key):
+        self.key = tuple(key)
+        self.turns = []
+
+    def prompt(self):
+        """-> (token ids, most new tokens), or None when the agent has finished."""
+        raise NotImplementedError
+
+    def receive(self, response_ids):
+        """Takes the response to the last prompt."""
+        raise NotImplementedError
+
+    def stop(self, response_ids):
+        """How many ids make a whole response although no end token came; None: all of them."""
+        return None
 
 
 class Reader(Agent):
-    """Reads chunk after chunk into a memory, then answers from the memory alone (MemTrain sections 3.1, 3.3; MemAgent).
+    """Reads chunk after chunk into a memory, then answers from the memory alone.
 
-    problem: token ids; chunks: list of token ids. memories[t] is the memory after turn t, memories[0] the empty one.
-    `answer` is the text of the last response, None before.
+    MemTrain's end-to-end task (sections 3.1, 3.3) and MemAgent's long-text QA are this loop.
+    problem: ids; chunks: list of ids. memories[t] is the memory after turn t, memories[0] the
+    empty one. `answer` is the text of the last response, None before.
     """
 
-    def __init__(self, prompts, problem, chunks, memory_tokens, answer_tokens, key=(0,)):
-        super().__init__(prompts, key)
-        self.problem, self.chunks = problem, chunks
+    def __init__(self, prompts, problem, chunks, memory_tokens, answer_tokens, key):
+        super().__init__(key)
+        self.prompts, self.problem, self.chunks = prompts, problem, chunks
         self.memory_tokens, self.answer_tokens = memory_tokens, answer_tokens
         self.memories, self.answer = [prompts.no_memory], None
 
     def prompt(self):
-        if self.answer is not None:
-            return None
-        turn, memory = len(self.memories), self.memories[-1]
-        if turn <= len(self.chunks):
-            section = self.chunks[turn - 1]
-            return self.prompts.update(problem=self.problem, memory=memory, section=section), self.memory_tokens
-        return self.prompts.answer(problem=self.problem, memory=memory), self.answer_tokens
+        memory, chunks_read = self.memories[-1], len(self.memories) - 1
+        if chunks_read < len(self.chunks):
+            section = self.chunks[chunks_read]
+            ids = self.prompts.update(problem=self.problem, memory=memory, section=section)
+            return ids, self.memory_tokens
+        if self.answer is None:
+            return self.prompts.answer(problem=self.problem, memory=memory), self.answer_tokens
+        return None
 
-    def receive(self, response):
+    def receive(self, response_ids):
         if len(self.memories) <= len(self.chunks):
-            self.memories.append(self.prompts.plain(response))  # the whole response is the memory, nothing is parsed
+            self.memories.append(self.prompts.plain(response_ids))  # all of it is the memory
         else:
-            self.answer = self.prompts.text(response)
+            self.answer = self.prompts.text(response_ids)
 
 
 class Asker(Agent):
-    """One prompt, one answer: the base of a Recaller, and all that reading in a full context window takes."""
+    """One prompt, one answer: the base of a Recaller, and reading in one context window."""
 
-    def __init__(self, prompts, ids, answer_tokens, key=(0,)):
-        super().__init__(prompts, key)
-        self.ids, self.answer_tokens, self.answer = ids, answer_tokens, None
+    def __init__(self, prompts, ids, answer_tokens, key):
+        super().__init__(key)
+        self.prompts, self.ids, self.answer_tokens = prompts, ids, answer_tokens
+        self.answer = None
 
     def prompt(self):
         return (self.ids, self.answer_tokens) if self.answer is None else None
 
-    def receive(self, response):
-        self.answer = self.prompts.text(response)
+    def receive(self, response_ids):
+        self.answer = self.prompts.text(response_ids)
 
 
 class Recaller(Asker):
-    """Names the entity hidden in an earlier section, from a memory, in one turn (intermediate memory recall, section 3.3).
+    """Names the entity hidden in an earlier section, from a memory, in one turn (section 3.3).
 
-    memory, section: token ids; the section holds [TARGET]. All samples of one recall have the same prompt.
+    memory, section: ids; the section holds [TARGET]. All samples of a recall have one prompt.
     """
 
-    def __init__(self, prompts, memory, section, answer_tokens, key=(0,)):
-        super().__init__(prompts, prompts.recall(memory=memory, section=section), answer_tokens, key)
+    def __init__(self, prompts, memory, section, answer_tokens, key):
+        ids = prompts.recall(memory=memory, section=section)
+        super().__init__(prompts, ids, answer_tokens, key)
 
 
 class Searcher(Agent):
-    """Answers questions by searching; of the past it sees only its last turn and that turn's results (MEM1, section 3).
+    """Answers questions by searching; of the past it sees its last turn and that turn's results
+    (MEM1, section 3).
 
-    problem: token ids; turns: most turns; result_tokens: results are cut to this. `query` is waiting for results, or None;
-    `answer` is the text between the answer tags, None without one; `malformed`: a turn closed neither tag, which ends it;
-    `searches`: queries that got results so far.
+    problem: ids; turns_left: most turns; result_tokens: results are cut to this.
+    `answer` is the text between the answer tags, None without one; `malformed`: a turn closed
+    neither tag, which ends the episode; `searches`: queries that got results so far.
     """
 
-    def __init__(self, prompts, problem, turns, answer_tokens, result_tokens=1024, key=(0,)):
-        super().__init__(prompts, key)
-        self.problem, self.turns_left, self.answer_tokens, self.result_tokens = problem, turns, answer_tokens, result_tokens
-        self.previous, self.query, self.answer, self.malformed, self.searches = [], None, None, False, 0
+    def __init__(self, prompts, problem, turns, answer_tokens, result_tokens, key):
+        super().__init__(key)
+        self.prompts, self.problem, self.turns_left = prompts, problem, turns
+        self.answer_tokens, self.result_tokens = answer_tokens, result_tokens
+        self.previous, self.answer, self.malformed, self.searches = [], None, False, 0
 
     def prompt(self):
-        if self.turns_left and self.answer is None and not self.malformed:
-            turns = self.prompts.encode(str(self.turns_left))
-            return self.prompts.search(problem=self.problem, previous=self.previous, turns=turns), self.answer_tokens
+        if self.turns_left == 0 or self.answer is not None or self.malformed:
+            return None
+        turns = self.prompts.encode(str(self.turns_left))
+        ids = self.prompts.search(problem=self.problem, previous=self.previous, turns=turns)
+        return ids, self.answer_tokens
 
-    def trim(self, response):
-        end = self.prompts.closed(response)
-        return (response[:end], False) if end else super().trim(response)
+    def stop(self, response_ids):
+        return self.prompts.closed(response_ids)
 
-    def receive(self, response):
+    def receive(self, response_ids):
         self.turns_left -= 1
-        self.previous = self.prompts.plain(response)
-        closed = CLOSED.search(self.prompts.text(response))
-        self.malformed = closed is None
-        if closed and closed[1] == "answer":
+        self.previous = self.prompts.plain(response_ids)
+        closed = CLOSED.search(self.prompts.text(response_ids))
+        if closed is None:
+            self.malformed = True
+        elif closed[1] == "answer":
             self.answer = closed[2].strip()
-        elif closed and self.turns_left:
+        elif self.turns_left:
             self.query = closed[2].strip()
 
     def inform(self, passages):
-        """Results of the last query: list of {"title", "text"}."""
-        text = "\n".join(f"Passage {i} (title: {p['title']}) {p['text']}" for i, p in enumerate(passages, 1)) or "nothing found"
-        results, self.searches = self.prompts.encode(text)[: self.result_tokens], self.searches + 1
-        self.previous, self.query = [*self.previous, *self.prompts.information[0], *results, *self.prompts.information[1]], None
+        """Results of the query: list of {"title", "text"}."""
+        lines = []
+        for number, passage in enumerate(passages, 1):
+            lines.append(f"Passage {number} (title: {passage['title']}) {passage['text']}")
+        results = self.prompts.encode("\n".join(lines) or "nothing found")[: self.result_tokens]
+        before, after = self.prompts.information
+        self.previous = [*self.previous, *before, *results, *after]
+        self.query = None
+        self.searches += 1
 
 
 def rollout(agents, sampler, search=None):
-    """Runs all agents to their end, each turn of all of them in one call of the sampler; fills `agent.turns`.
+    """Runs all agents to their end, each turn of all of them in one call; fills `agent.turns`.
 
-    search: list of queries -> list of lists of passages; the queries of a turn go in one call.
+    sampler: (prompts, limits, keys) -> list of `Response`, a key being the agent's and its turn.
+    search: list of queries -> list of lists of passages.
+    ValueError where two agents have the same key, and so would draw the same noise.
     """
-    while asked := [(agent, *prompt) for agent in agents if (prompt := agent.prompt())]:
-        waiting, prompts, limits = zip(*asked)
-        responses = sampler(prompts, limits, [(*agent.key, len(agent.turns)) for agent in waiting])
-        for agent, prompt, response in zip(waiting, prompts, responses, strict=True):
-            response, truncated = agent.trim(response)
-            agent.turns.append(Turn(prompt, response, truncated))
-            agent.receive(response)
-        if curious := [agent for agent in waiting if getattr(agent, "query", None) is not None]:
-            for agent, passages in zip(curious, search([agent.query for agent in curious]), strict=True):
+    if len({agent.key for agent in agents}) < len(agents):
+        raise ValueError("two agents have the same key: give each its own (step, document, ..)")
+    while True:
+        # ask every agent for its prompt; one that has finished gives None
+        asked = [(agent, agent.prompt()) for agent in agents]
+        waiting = [(agent, *prompt) for agent, prompt in asked if prompt is not None]
+        if not waiting:
+            return agents
+
+        # one call of the sampler for all of them
+        prompts = [ids for _, ids, _ in waiting]
+        limits = [limit for _, _, limit in waiting]
+        keys = [(*agent.key, len(agent.turns)) for agent, _, _ in waiting]
+        responses = sampler(prompts, limits, keys)
+
+        # hand the responses back, and record what was seen and written
+        for (agent, prompt, _), response in zip(waiting, responses, strict=True):
+            end = agent.stop(response.ids)
+            ids, truncated = response.ids[:end], response.truncated and end is None
+            agent.turns.append(Turn(prompt, ids, truncated, response.logps[:end]))
+            agent.receive(ids)
+
+        # serve the searches of this turn in one batch
+        searching = [agent for agent, _, _ in waiting if agent.query is not None]
+        if searching:
+            results = search([agent.query for agent in searching])
+            for agent, passages in zip(searching, results, strict=True):
                 agent.inform(passages)
-    return agents
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------- sampling
 
 
-def _mix(x):
-    """A 32-bit integer hash (two rounds of multiply and xor-shift), in place. int32 wraps around, so that its bits are those
-    of unsigned arithmetic, once the copies of the sign that `>>` shifts in are cut off."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        x ^= (x >> shift).bitwise_and_(2 ** (32 - shift) - 1)
-        x *= factor
-    x ^= (x >> 16).bitwise_and_(2**16 - 1)
-    return x
+def uniform_noise(key, count):
+    """`count` numbers in [0, 1), a pure function of key: a tuple of numbers and strings.
 
-
-def gumbel_noise(keys, position, vocabulary):
-    """Gumbel(0, 1) noise (B, V) in fp32, a pure function of (key, position, token); keys: (B, 2) int64 below 2**32.
-
-    argmax(logits + noise) is a sample of softmax(logits) (the Gumbel-max trick).
+    >>> bool((uniform_noise((0, "a"), 3) == uniform_noise((0, "a"), 9)[:3]).all())
+    True
     """
-    keys = keys.to(torch.int32)
-    salt = (position * 0x9E3779B9 + 2**31) % 2**32 - 2**31
-    row = _mix(keys[:, 0] ^ _mix(keys[:, 1] + salt))[:, None]
-    bits = _mix(_mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device) ^ row).bitwise_xor_(keys[:, 1:]))
-    uniform = (bits >> 9).bitwise_and_(2**23 - 1).float().add_(0.5).div_(2**23)  # neither 0 nor 1 is ever reached in fp32
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(digest, "little"))  # counter-based
+    return np.random.Generator(philox).random(count)
 
 
-def _row_keys(keys, *salt):
-    """(B, 2) int64: 64 hashed bits of each key, so that neighbouring keys have unrelated noise."""
-    digests = [hashlib.blake2b(repr((*salt, *key)).encode(), digest_size=8).digest() for key in keys]
-    return torch.tensor([[int.from_bytes(d[:4], "little"), int.from_bytes(d[4:], "little")] for d in digests])
+class Draw:
+    """A logits processor that draws the next token of every row: the one at which the cumulative
+    distribution passes the row's uniform number. Greedy where there are no numbers.
 
+    uniform: (B, positions) or None. `logps` collects what was drawn at, (B,) a position.
+    """
 
-class _Noise:
-    """A logits processor: scores (B, V) -> scores plus this position's noise, whose argmax is the sample."""
-
-    def __init__(self, keys, position):
-        self.keys, self.position = keys, position
+    def __init__(self, uniform):
+        self.uniform, self.logps = uniform, []
 
     def __call__(self, input_ids, scores):
-        scores = scores.float() + gumbel_noise(self.keys, self.position, scores.shape[-1])
-        self.position += 1
-        return scores
+        logps = scores.float().log_softmax(-1)  # (B, V)
+        if self.uniform is None:
+            token = logps.argmax(-1, keepdim=True)  # (B, 1)
+        else:
+            cumulative = logps.double().exp().cumsum(-1)
+            number = self.uniform[:, len(self.logps), None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, number, right=True)
+            token = token.clamp(max=scores.shape[-1] - 1)
+        self.logps.append(logps.gather(-1, token)[:, 0])
+        # `generate` takes the largest score: leave it no choice
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
 def shared_prefixes(prompts):
-    """Groups prompts by common prefixes: list of (prefix length, indices). Every prompt keeps at least one token of its own.
+    """Groups prompts that begin alike: list of (prefix length, indices).
 
-    Sorted prompts are the leaves of a tree of prefixes. The prompts under a node are either one group, which saves
-    (size - 1) * the node's prefix, or stay as its children group them, whichever saves more tokens.
+    Neighbours in sorted order join where they share at least half of a prompt, and where that
+    leaves fewer tokens to run. Every prompt keeps at least one token of its own. (grpo.py and
+    rollout.py have the same function, so that either file can be copied alone.)
 
     >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
     [(3, [0, 3, 2]), (1, [1])]
     """
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    groups, nodes = [], []  # nodes of the tree of prefixes that are still open: (length, indices, tokens saved, groups)
-    for i, following in zip(order, [*order[1:], None]):
-        indices, saved, groups = [i], 0, [(len(prompts[i]) - 1, [i])]
-        common = -1 if following is None else _common_prefix(prompts[i], prompts[following])
-        while nodes and nodes[-1][0] >= common:
-            length, indices_before, saved_before, groups_before = nodes.pop()
-            indices, saved, groups = indices_before + indices, saved_before + saved, groups_before + groups
-            if length == common:
-                break  # the next prompt belongs to this node as well
-            together = (len(indices) - 1) * length
-            if length and together >= saved:
-                saved, groups = together, [(length, indices)]
-        nodes.append((common, indices, saved, groups))
+    groups = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+        prompt = prompts[i]
+        if groups:
+            length, members = groups[-1]
+            common = common_prefix(prompts[members[0]][:length], prompt[:-1])
+            saves = len(members) * common >= (len(members) - 1) * length
+            if common and saves and 2 * common >= len(prompt) - 1:
+                groups[-1] = (common, [*members, i])
+                continue
+        groups.append((len(prompt) - 1, [i]))
     return groups
 
 
-def _common_prefix(a, b):
-    """Tokens that a and b begin with, at most all but the last of the shorter one (bisection: list comparison is fast)."""
-    low, high = 0, min(len(a), len(b)) - 1
-    while low < high:
+def common_prefix(a, b):
+    """How many tokens a and b begin with in common.
+
+    >>> common_prefix([1, 2, 3], [1, 2, 4])
+    2
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection: comparing lists is faster than looking at every token
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
-def _prefix_cache(config, columns):
-    """transformers' cache for full attention and at most so many columns, in which a prefix that rows have in common is stored once.
-
-    After `share(group)`, what was cached is one prefix for every group (Q, H, P, D), row i belongs to group[i], and what comes
-    is each row's own (B, H, N, D). That is written into room kept free for it, where concatenation would copy it at every token.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class PrefixLayer(DynamicLayer):
-        prefix = None  # keys and values (Q, H, P, D) that groups have in common
-        room = {}  # "keys", "values" -> (buffer, the part of it in use, as last seen)
-
-        def prefix_length(self):
-            return self.prefix[0].shape[-2] if self.prefix else 0
-
-        def get_seq_length(self):
-            return self.prefix_length() + super().get_seq_length()
-
-        def update(self, keys, values, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-                self.keys, self.values, self.room = keys, values, {}
-                return keys, values
-            self.keys, self.values = self._append("keys", keys), self._append("values", values)
-            return self.keys, self.values
-
-        def _append(self, name, new):
-            old, (buffer, seen) = getattr(self, name), self.room.get(name, (None, None))
-            start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
-            if old is not seen or end > buffer.shape[-2]:  # rows were selected since, or it is full
-                most = columns - self.prefix_length()
-                buffer = old.new_empty(*old.shape[:-2], max(end, min(end + CACHE_ROOM, most)), old.shape[-1])
-                buffer[..., :start, :] = old
-            buffer[..., start:end, :] = new
-            self.room[name] = buffer, buffer[..., :end, :]
-            return self.room[name][1]
-
-        def batch_select_indices(self, indices):
-            super().batch_select_indices(indices)
-            self.room = {}  # the old buffers go now, not at the next token
-
-    class PrefixCache(DynamicCache):
-        group = None  # (B,) of every row; place: (B,) of a row in its group; members: (Q, G) rows of a group, filled up with row 0
-
-        def share(self, group):
-            for layer in self.layers:  # contiguous, or every product with it would copy it first
-                layer.prefix = layer.keys.contiguous(), layer.values.contiguous()
-                layer.keys, layer.values, layer.is_initialized = None, None, False
-            self._regroup(group)
-
-        def _regroup(self, group):
-            self.group, same = group, group[:, None] == group
-            self.place = same.tril(-1).sum(1)
-            self.members = group.new_zeros(int(group.max()) + 1, int(self.place.max()) + 1)
-            self.members[group, self.place] = torch.arange(len(group), device=group.device)
-
-        def batch_select_indices(self, indices):
-            super().batch_select_indices(indices)
-            if self.group is not None:
-                kept, group = self.group[indices].unique(return_inverse=True)
-                if len(kept) < len(self.members):
-                    for layer in self.layers:
-                        layer.prefix = tuple(shared[kept] for shared in layer.prefix)
-                self._regroup(group)
-
-    cache = PrefixCache(config=config)
-    cache.layers = [PrefixLayer() for _ in cache.layers]
-    return cache
-
-
-def prefix_attention(module, query, key, value, attention_mask, scaling=None, *, cache, **kwargs):
-    """Attention of rows (B, H, 1, D) to their group's prefix in `cache`, and to their own key and value (B, H or fewer, N, D):
-    each part by itself, all rows of a group at once to its prefix, then merged by the log-sum-exp of their scores.
-
-    Where rows have several queries (prompts that are read), some rows at a time see a copy of their prefix."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    prefix = cache.layers[module.layer_idx].prefix
-    if not prefix:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (rows, heads, columns, width), (groups, most), length = key.shape, cache.members.shape, prefix[0].shape[2]
-    if query.shape[2] > 1:
-        outputs, size = [], max(COPIED // (length + columns), 1)
-        for part in (slice(first, first + size) for first in range(0, rows, size)):
-            whole = [torch.cat([shared[cache.group[part]], own[part]], 2) for shared, own in zip(prefix, (key, value))]
-            outputs.append(sdpa_attention_forward(module, query[part], *whole, attention_mask[part], scaling=scaling, **kwargs)[0])
-        return torch.cat(outputs), None
-    scaling, query = scaling or width**-0.5, query.view(rows, heads, -1, width)  # heads that share keys: side by side, as queries
-    shared_mask = own_mask = None
-    if attention_mask is not None:
-        shared_mask, own_mask = attention_mask[cache.members[:, 0], :, :, :length], attention_mask[..., length:]
-    together = query[cache.members].transpose(1, 2).reshape(groups, heads, -1, width)
-    shared, shared_weight = (x.view(groups, heads, most, -1, x.shape[-1])[cache.group, :, cache.place] for x in _scored(together, *prefix, shared_mask, scaling))
-    own, own_weight = _scored(query, key, value, own_mask, scaling)
-    return own.lerp(shared, (shared_weight - own_weight).sigmoid().to(own.dtype)).flatten(1, 2)[:, None], None
-
-
-def _scored(query, key, value, mask, scaling):
-    """-> (softmax(scaling * query key^T) value, the log-sum-exp of these scores in fp32)"""
-    if query.is_cuda and query.dtype != torch.float32:  # never rounded to bf16
-        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, query.shape[:2]) * scaling
-    else:
-        scores = (query @ key.mT).float() * scaling
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)  # finite: a group without a prefix has weight 0, not nan
-    weight = scores.logsumexp(-1, keepdim=True)
-    return (scores - weight).exp().to(value.dtype) @ value, weight
-
-
-def _cache_tokens(rows, groups, prefix, own):
-    """-> (tokens in the cache of a batch with so many columns of prefix and of own, whether prefixes are stored once). They are
-    where that saves a third of the cache; below, one attention is faster than two."""
-    once, repeated = groups * prefix + rows * own, rows * (prefix + own)
-    return (once, True) if 3 * once <= 2 * repeated else (repeated, False)
-
-
 class Sampler:
-    """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> list of response id lists.
+    """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> `Response`s.
 
-    A response ends with its end token, unless its limit cut it. Of prompts that are equal or begin alike, what they have in
-    common is prefilled once and stored once; rows are packed under `kv_tokens`, the tokens that the cache may hold, padding
-    included; after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
+    A response ends with its end token, unless its limit cut it. What prompts have in common is read
+    once; rows are packed under `kv_tokens`, the tokens that the cache may hold, padding included;
+    after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
 
-    model: a causal language model; end_ids, pad_id: its end tokens and any id for padding; seed, step: part of the noise's
-    key, as are the keys given with every call; stop: None, or ids -> how many of them make a whole response that needs no
-    end token, None while there is none (asked between segments); share: False for a model with other than plain full
-    attention in every layer (state-space layers, sliding windows, soft caps): every batch is then one plain `generate`.
+    model: a causal language model. seed: part of all noise, with the keys given in every call.
+    stop: None, or ids -> how many of them make a whole response that needs no end token (None
+    while there is none), so that such rows leave at once.
+    share: False for a model with other than plain full attention in every layer (state-space
+    layers, sliding windows, soft caps): every batch is then one plain `generate`.
     """
 
-    def __init__(self, model, end_ids, pad_id=0, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32, seed=0, stop=None, share=True):
-        self.model, self.end_ids, self.pad_id = model, sorted(end_ids), pad_id
-        self.temperature, self.top_p, self.kv_tokens, self.segment = temperature, top_p, kv_tokens, segment
-        self.seed, self.step, self.stop, self.share = seed, 0, stop, share
-        self.prefill_tokens = self.decode_tokens = 0  # row-tokens that went through the model, padding included
-        self.cache = None  # of the batch that is being sampled
+    def __init__(
+        self, model, end_ids, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32,
+        seed=0, stop=None, share=True,
+    ):  # fmt: skip
+        self.model, self.end_ids = model, sorted(end_ids)
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
 
     @torch.no_grad()
     def __call__(self, prompts, limits, keys):
-        responses = [None] * len(prompts)
-        with self._own_settings():
+        from transformers import GenerationConfig
+
+        # eval(): checkpointing and dropout spoil generation. The settings are the model's own
+        # ones for now: what a config passed to `generate` leaves unset (top_k, repetition_penalty)
+        # would be filled from those that came with the checkpoint.
+        model, responses = self.model, [None] * len(prompts)
+        shipped, training = model.generation_config, model.training
+        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=PAD)
+        model.eval()
+        try:
             for batch in self._batches(prompts, limits):
-                self._generate(batch, prompts, limits, keys, responses)
+                rows = [i for _, members in batch for i in members]
+                noise = [uniform_noise((self.seed, *keys[i]), limits[i]) for i in rows]
+                for i, response in self._sample(batch, rows, prompts, limits, noise):
+                    responses[i] = response
+        finally:
+            model.generation_config = shipped
+            model.train(training)
         return responses
 
-    @contextlib.contextmanager
-    def _own_settings(self):
-        """eval() (checkpointing and dropout spoil generation), our attention, and a fresh generation_config on the model itself:
-        fields left unset in one that is passed to `generate` would be filled from the checkpoint's (top_k, repetition_penalty)."""
-        from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
-
-        model = self.model
-        shipped, training, attention = model.generation_config, model.training, model.config._attn_implementation
-        try:
-            model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id)
-            model.eval()
-            if self.share:
-                AttentionInterface.register(ATTENTION, lambda *args, **kwargs: prefix_attention(*args, cache=self.cache, **kwargs))
-                AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without one of that name, left padding would be ignored
-                model.set_attn_implementation(ATTENTION)
-            yield
-        finally:
-            if self.share:
-                AttentionInterface.register(ATTENTION, sdpa_attention_forward)  # the registry would keep model and cache alive
-                model.set_attn_implementation(attention)
-            self.cache, model.generation_config = None, shipped
-            model.train(training)
-
     def _batches(self, prompts, limits):
-        """Groups -> batches of groups, longest first; what each puts into the cache stays within kv_tokens (one row always fits)."""
-        def size(batch):  # -> (columns of the prefixes, columns that every row has of its own)
-            rests, most = zip(*((len(prompts[i]) - n, limits[i]) for n, members in batch for i in members))
-            return max(n for n, _ in batch), max(rests) + max(most)
+        """Lists of groups (prefix length, rows), longest first. What a batch puts into the cache,
+        rows * columns, stays within kv_tokens; one row always fits."""
+        if self.share:
+            groups = shared_prefixes(prompts)
+        else:
+            groups = [(0, [i]) for i in range(len(prompts))]
+        groups.sort(key=lambda group: -len(prompts[group[1][0]]) - limits[group[1][0]])
+        batch, rows, widths = [], 0, (0, 0, 0)
+        for prefix, members in groups:
+            for place, i in enumerate(members):
+                # columns of the batch: the longest prefix, the longest rest, the highest limit
+                own = (prefix, len(prompts[i]) - prefix, limits[i])
+                wider = tuple(map(max, widths, own))
+                if batch and (rows + 1) * sum(wider) > self.kv_tokens:
+                    yield batch
+                    batch, rows, wider = [], 0, own
+                if place == 0 or not batch:
+                    batch.append((prefix, []))
+                batch[-1][1].append(i)
+                rows, widths = rows + 1, wider
+        if batch:
+            yield batch
 
-        def fits(batch):
-            counts = [len(members) for _, members in batch]
-            tokens, once = _cache_tokens(sum(counts), len(counts), *size(batch))
-            even = len(counts) * max(counts) <= 2 * sum(counts)  # attention to what is stored once fills all groups up to the largest
-            return tokens <= self.kv_tokens and (even or not once)
+    def _read(self, batch, rows, prompts, new_tokens):
+        """-> ids (B, N), mask (B, N), and a cache that holds the prefixes, with room for the rest.
 
-        groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
-        batches, batch = [], []
-        for prefix, rows in sorted(groups, key=lambda group: (len(group[1]) == 1, -sum(size([group])))):
-            if batch and not fits([*batch, (prefix, rows)]):
-                batches.append(batch)
-                batch = []
-            if not batch:  # a group is split only when it is too large for a batch of its own
-                columns = size([(prefix, rows)])
-                most = next((n for n in range(len(rows), 1, -1) if _cache_tokens(n, 1, *columns)[0] <= self.kv_tokens), 1)
-                parts = [(prefix, rows[first : first + most]) for first in range(0, len(rows), most)]
-                batches += [[part] for part in parts[:-1]]
-                rows = parts[-1][1]
-            batch.append((prefix, rows))
-        return [*batches, batch] if batch else batches
+        Columns are [pad | common prefix][pad | the row's own rest][new tokens]."""
+        from transformers import DynamicCache, StaticCache
 
-    def _prefill(self, batch, prompts, limits):
-        """Columns are [pad | shared prefix][pad | the row's own rest]. -> rows, ids and mask (B, N); self.cache holds the prefixes."""
         device = self.model.device
-        prefixes = [prompts[rows[0]][:length] for length, rows in batch]
-        rows = [(i, group) for group, (_, members) in enumerate(batch) for i in members]
-        rests = [prompts[i][batch[group][0] :] for i, group in rows]
-        left, left_mask = _pad_left(prefixes, self.pad_id, device)
-        right, right_mask = _pad_left(rests, self.pad_id, device)
-        group = torch.tensor([group for _, group in rows], device=device)
-        ids, mask = torch.cat([left[group], right], 1), torch.cat([left_mask[group], right_mask], 1)
-        self.prefill_tokens += left.numel() + right.numel()
-        own = right.shape[1] + max(limits[i] for i, _ in rows)
-        self.cache = _prefix_cache(self.model.config, left.shape[1] + own) if self.share else None
+        prefixes = [prompts[members[0]][:length] for length, members in batch]
+        rests, group = [], []
+        for number, (length, members) in enumerate(batch):
+            rests += [prompts[i][length:] for i in members]
+            group += [number] * len(members)
+        group = torch.tensor(group, device=device)  # (B,) of a row, its prefix
+        left, left_mask = pad_left(prefixes, device)
+        right, right_mask = pad_left(rests, device)
+        ids = torch.cat([left[group], right], 1)
+        mask = torch.cat([left_mask[group], right_mask], 1)
+        if not self.share:
+            return ids, mask, None
+
+        # every prefix is read once ..
+        columns = ids.shape[1] + new_tokens
+        cache = StaticCache(config=self.model.config, max_cache_len=columns)
         if left.shape[1]:
-            self._fill(left, left_mask)
-            if _cache_tokens(len(rows), len(batch), left.shape[1], own)[1]:
-                self.cache.share(group)
-            elif len(rows) > len(batch):
-                self.cache.batch_select_indices(group)
-        if self.share and ids.numel() * right.shape[1] > PREFILL:
-            self._fill(ids[:, :-1], mask[:, :-1])
-        return [i for i, _ in rows], ids, mask
+            once = DynamicCache(config=self.model.config)
+            self._generate(left, left_mask, once, 1)
+            # .. and copied into the rows that begin with it
+            for layer, read in zip(cache.layers, once.layers, strict=True):
+                layer.update(read.keys[group], read.values[group])
+                read.keys = read.values = None  # or the memory would hold both
+        return ids, mask, cache
 
-    def _fill(self, ids, mask):
-        """Runs the columns that the cache lacks, so many at a time that the attention mask stays small."""
-        positions, size = (mask.cumsum(-1) - 1).clamp(min=0), max(PREFILL // ids.numel(), 1)
-        for start in range(self.cache.get_seq_length(), ids.shape[1], size):
-            end = min(start + size, ids.shape[1])
-            self.model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=self.cache, logits_to_keep=1)
+    def _generate(self, ids, mask, cache, new_tokens, processors=()):
+        """`generate`, in pieces while it reads: the mask of a long prompt would be as large as the
+        square of it. -> ids with the new ones"""
+        from transformers import LogitsProcessorList
 
-    def _generate(self, batch, prompts, limits, keys, responses):
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+        pieces = None if cache is None else max(PREFILL // ids.numel(), 1)
+        return self.model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            prefill_chunk_size=pieces,
+            logits_processor=LogitsProcessorList(processors),
+            synced_gpus=False,  # no collective inside: ranks have different numbers of rows
+        )
 
-        rows, ids, mask = self._prefill(batch, prompts, limits)
-        noise_keys = _row_keys([keys[i] for i in rows], self.seed, self.step).to(ids.device)
-        start, done = ids.shape[1], 0  # column of the first new token; new tokens so far
+    def _sample(self, batch, rows, prompts, limits, noise):
+        """Yields (row, Response) as the rows of a batch finish."""
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        # noise (B, most new tokens), temperature and top_p
+        most = max(limits[i] for i in rows)
+        ids, mask, cache = self._read(batch, rows, prompts, most)
+        uniform, warpers = None, []
+        if self.temperature:
+            padded = np.zeros((len(rows), most))
+            for row, numbers in enumerate(noise):
+                padded[row, : len(numbers)] = numbers
+            uniform = torch.from_numpy(padded).to(ids.device)
+        if self.temperature not in (0, 1):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.temperature and self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+
+        start, logps = ids.shape[1], torch.empty(len(rows), 0, device=ids.device)
         while rows:
-            processors = LogitsProcessorList()
-            if self.temperature and self.temperature != 1:
-                processors.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.temperature and self.top_p < 1:
-                processors.append(TopPLogitsWarper(self.top_p))
-            if self.temperature:
-                processors.append(_Noise(noise_keys, done))
-            left = max(limits[i] for i in rows) - done
-            count = min(self.segment, left) if self.share else left
-            ids = self.model.generate(
-                ids, attention_mask=mask, past_key_values=self.cache, max_new_tokens=count, min_new_tokens=0,
-                logits_processor=processors, use_cache=True,
-                synced_gpus=False,  # no collective inside: ranks have different numbers of rows
-            )  # fmt: skip
-            self.decode_tokens += len(rows) * (ids.shape[1] - start - done)
+            # a segment of new tokens for all rows
             done = ids.shape[1] - start
-            keep = []
+            left = max(limits[i] for i in rows) - done
+            draw = Draw(None if uniform is None else uniform[:, done:])
+            segment = min(self.segment, left) if self.share else left
+            ids = self._generate(ids, mask, cache, segment, [*warpers, draw])
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], 1)
+            logps = torch.cat([logps, torch.stack(draw.logps, 1)], 1)  # (B, new tokens)
+
+            # hand out what is complete
+            going_on = []
             for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
-                end = next((n + 1 for n, token in enumerate(new[: limits[i]]) if token in self.end_ids), None)
-                end = self.stop and self.stop(new[:end]) or end
-                if end or done >= limits[i]:
-                    responses[i] = new[: end or limits[i]]
+                response = self._response(new, limits[i])
+                if response is None:
+                    going_on.append(row)
                 else:
-                    keep.append(row)
-            if len(keep) < len(rows) and keep:
-                select = torch.tensor(keep, device=ids.device)
-                self.cache.batch_select_indices(select)
-                ids, mask, noise_keys = ids[select], mask[select], noise_keys[select]
-            rows = [rows[row] for row in keep]
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], ids.shape[1] - mask.shape[1])], 1)
+                    response_logps = logps[row, : len(response.ids)].tolist()
+                    yield i, response._replace(logps=response_logps)
+
+            # let the others go on alone
+            if len(going_on) < len(rows):
+                keep = torch.tensor(going_on, dtype=torch.long, device=ids.device)
+                for layer in cache.layers if cache and going_on else []:
+                    layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+                ids, mask, logps = ids[keep], mask[keep], logps[keep]
+                uniform = None if uniform is None else uniform[keep]
+                rows = [rows[row] for row in going_on]
+
+    def _response(self, new, limit):
+        """The response that a row's new ids hold, None while it goes on."""
+        ends = [n for n, token in enumerate(new[:limit], 1) if token in self.end_ids]
+        ids = new[: ends[0] if ends else limit]
+        stopped = self.stop(ids) if self.stop else None
+        if stopped or ends or len(new) >= limit:
+            return Response(ids[:stopped], truncated=not (stopped or ends))
+        return None
 
 
-def _pad_left(sequences, pad_id, device):
+def pad_left(sequences, device):
     """Lists of ids -> ids (B, N) and mask (B, N), padded on the left."""
     width = max(map(len, sequences))
-    ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
-    mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
-    return (torch.tensor(rows, dtype=torch.long, device=device).view(len(sequences), width) for rows in (ids, mask))
+    ids = torch.full((len(sequences), width), PAD, device=device)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence)
+        ids[row, start:] = torch.tensor(sequence, dtype=torch.long, device=device)
+        mask[row, start:] = 1
+    return ids, mask
 
 
-if __name__ == "__main__":
+# ----------------------------------------------------------------------------------------- demo
+
+
+def demo():
+    """Samples together and one by one, on a random model: the responses are the same."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)  # fmt: skip
-    sampler = Sampler(Qwen3ForCausalLM(config), end_ids=[0], segment=8)
+    sizes = dict(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64)
+    layers = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, tie_word_embeddings=True))
+    sampler = Sampler(model, end_ids=[0], segment=8)
     prompts, keys = [[5, 6, 7, 8]] * 4 + [[5, 6, 9]], [(0, i) for i in range(5)]
     print("groups:", shared_prefixes(prompts))
-    together, alone = sampler(prompts, [20] * 5, keys), [sampler([p], [20], [k])[0] for p, k in zip(prompts, keys)]
-    print(*together, sep="\n")
-    print("the same, one by one:", together == alone)
+    together = sampler(prompts, [20] * 5, keys)
+    alone = [sampler([prompt], [20], [key])[0] for prompt, key in zip(prompts, keys)]
+    for response in together:
+        print(*response.ids)
+    same = [response.ids for response in together] == [response.ids for response in alone]
+    print("the same, one by one:", same)
+
+
+if __name__ == "__main__":
+    demo()

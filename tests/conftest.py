@@ -1,6 +1,7 @@
-"""Shared by the tests: small models of three architectures and a tokenizer, all made on the spot and without a download."""
+"""Shared by the tests: small models, a tokenizer and the pocket world, made on the spot without a download."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,9 +33,9 @@ def tiny_model(architecture="qwen3", seed=0, **config):
     """Two layers, four query heads on two key heads; called twice, it gives two equal models."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
-                 bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+    sizes |= dict(initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**sizes, **config}))
@@ -55,7 +56,8 @@ def tokenizer():
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,20 +74,27 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def pocket_model(tmp_path_factory):
-    """The pocket model without its warm start, as a checkpoint."""
+    """The pocket world with an untrained model: the path of its model folder."""
     import tiny
 
-    folder, model = tmp_path_factory.mktemp("pocket"), tiny.model()
-    model.config.memtrain_world = "tiny"
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
+    folder = tmp_path_factory.mktemp("pocket") / "tiny"
+    tiny.make(str(folder), seed=0, steps=1)
+    return str(folder / "model")
 
 
 @pytest.fixture
 def alone():
-    """A process group of this process alone, as train.py makes it."""
-    import train
+    """A process group of this process alone, as train.py makes it; gives the device."""
+    import distributed
 
-    yield train.start_ranks()
+    yield distributed.start_ranks()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def signals():
+    """Gives the process its signal handlers back: train() takes them for good."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,0 +1,404 @@
+"""distributed.py: ranks against one process, runs that are killed and go on, checkpoints, precision."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_train import SIZES, Recorder, gradient, metrics_of, some_sequences
+
+import distributed
+import grpo
+import train
+
+ROOT = Path(__file__).parent.parent
+
+# An untrained model earns nothing: these rewards depend on the response in a way that is as good as random, so
+# that every step has gradients. The rest is the real script.
+ANY_REWARD = """
+import sys, zlib
+sys.path.insert(0, {root!r})
+import distributed, train
+
+def any_reward(plain):
+    def rollout(setup, rows, step):
+        groups = plain(setup, rows, step)
+        for group in groups:
+            last = [str(agent.turns[-1].response_ids).encode() for agent in group.agents]
+            group.rewards[:] = [float(zlib.crc32(ids) % 3 == 0) for ids in last]
+        return groups
+    return rollout
+
+for name, task in train.TASKS.items():
+    train.TASKS[name] = task._replace(rollout=any_reward(task.rollout))
+"""
+# It kills itself (rank 1 where there are two) when it comes to a function for the n-th time.
+KILLED = """
+import os, signal
+module, name, count = os.environ.get("KILL", "train main 0").split()
+module = {{"train": train, "distributed": distributed}}[module]
+function, calls = getattr(module, name), []
+
+def deadly(*arguments, **named):
+    calls.append(1)
+    if len(calls) == int(count) and os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
+        os.kill(os.getpid(), int(os.environ.get("KILL_WITH", signal.SIGKILL)))
+    return function(*arguments, **named)
+
+setattr(module, name, deadly)
+"""
+MAIN = "\ntrain.main(sys.argv[1:])\n"
+
+
+def run(arguments, folder, code=ANY_REWARD + KILLED + MAIN, ranks=1, restarts=0, **environment):
+    """A script in a process of its own, under torchrun for several ranks."""
+    script = folder / "script.py"
+    script.write_text(code.format(root=str(ROOT)))
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += ["--max-restarts", str(restarts)]
+    command += [str(script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+
+
+def errors_of(done):
+    return [line for line in done.stderr.splitlines() if line.startswith("error")]
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------------- ranks against one
+
+
+TWO_RANKS = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import contextlib, torch
+from collections import Counter
+import distributed, grpo, train
+from conftest import tiny_model
+from test_train import Recorder, some_sequences
+
+device = distributed.start_ranks()
+share = (lambda s: s.document % 2) if sys.argv[2] == "even" else (lambda s: 0)
+mine = [s for s in some_sequences() if share(s) == distributed.rank()]
+policy = distributed.shard(grpo.Policy(tiny_model()), device)
+recorder = Recorder(policy)
+with contextlib.suppress(ConnectionError), torch.no_grad(), distributed.gathered(policy):
+    rollout = policy([[1, 2, 3]], [[4, 5]])[0]
+    raise ConnectionError  # what is set aside for a rollout is there for the update all the same
+cfg = train.Config(max_grad_norm=1e9, tokens_per_forward=40)
+for _ in range(2):  # the second finds everything as the first did
+    train.update(cfg, policy, recorder, mine, Counter())
+if distributed.rank() == 0:
+    names = [name for name, _ in policy.named_parameters()]
+    torch.save((recorder.gradient, names, rollout), sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("share", ["even", "empty"])
+def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
+    done = run([tmp_path / "result", share], tmp_path, TWO_RANKS, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two, names, rollout = torch.load(tmp_path / "result")
+    plain = grpo.Policy(tiny_model())
+    torch.testing.assert_close(rollout, plain([[1, 2, 3]], [[4, 5]])[0].detach())
+    one = gradient(train.Config(max_grad_norm=1e9), some_sequences())
+    assert names == [name for name, _ in plain.named_parameters()]
+    assert (two - one).norm() / one.norm() < 1e-6
+
+
+def test_two_ranks_train_as_one(pocket_model, tmp_path):
+    flags = ["--model", pocket_model, *SIZES, "--steps", "2", "--lr", "1e-3", "--documents_per_update", "2"]
+    for ranks in (1, 2):
+        done = run([*flags, "--out", f"ranks{ranks}"], tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = metrics_of(tmp_path / "ranks1"), metrics_of(tmp_path / "ranks2")
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("heldout", None) == b.pop("heldout", None)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
+        other = weights_of(tmp_path / "ranks2/step-000002")[name]
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+
+
+OPENED = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, train, distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+device = distributed.start_ranks()
+policy, _ = train.open_policy(sys.argv[1], device)
+assert policy.shares and {{p.dtype for p in policy.parameters()}} == {{torch.float32}}
+logps = policy([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]])
+options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+whole = get_model_state_dict(policy, options=options)
+if distributed.rank() == 1:
+    torch.save([p.detach() for p in logps], sys.argv[2])
+else:
+    torch.save(whole, sys.argv[2] + ".weights")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_config_says(tokenizer, tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run([tmp_path / "model", tmp_path / "result"], tmp_path, OPENED, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, _ = distributed.load_model(str(tmp_path / "model"), torch.float32)
+    weights = torch.load(tmp_path / "result.weights")
+    for name, value in model.state_dict().items():
+        assert weights["lm." + name].dtype == torch.float32 and weights["lm." + name].equal(value)
+    expected = grpo.Policy(model)([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]])
+    for ours, theirs in zip(torch.load(tmp_path / "result"), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------- precision
+
+
+BF16 = "\nimport torch\ndistributed.compute_dtype = lambda device: torch.bfloat16\n"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(ranks, pocket_model, tmp_path):
+    flags = ["--model", pocket_model, *SIZES, "--steps", "2", "--documents_per_update", "2", "--kl", "0.1"]
+    flags += ["--gradient_checkpointing", "--lr", "1e-3", "--eval_documents", "0", "--out", "run"]
+    done = run(flags, tmp_path, ANY_REWARD + BF16 + MAIN, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = tmp_path / "run" / "step-000002"
+    assert {value.dtype for value in weights_of(saved).values()} == {torch.bfloat16}
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
+    first, second = (line for line in metrics_of(tmp_path / "run") if "grad" in line)
+    for line in first, second:
+        assert line["ratio"] == pytest.approx(1, abs=0.05) and 0 < line["grad"] < 10 and line["skipped"] == 0
+        assert line["kl"] < 0.1 and 1e-4 < line["mismatch"] < 0.1
+    assert first["kl"] < second["kl"]  # the master weights took the first step, although it is small in bf16
+
+
+def test_tied_weights_are_saved_once_and_load_as_one(alone, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    policy = grpo.Policy(tiny_model(tie_word_embeddings=True))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    distributed.save_checkpoint(tmp_path, 1, policy, optimizer, tokenizer)
+    weights = weights_of(tmp_path / "step-000001")
+    assert "lm_head.weight" not in weights and "model.embed_tokens.weight" in weights
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step-000001")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(ids).logits, policy.lm(ids).logits)
+
+
+# -------------------------------------------------------------------------------- runs that are killed, and go on
+
+
+thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="minutes: set THOROUGH=1 to run every case")
+STEPS = [*SIZES, "--steps", "4", "--documents_per_update", "2", "--save_every", "1", "--keep", "9"]
+STEPS += ["--lr", "1e-3", "--kl", "0.1", "--eval_documents", "0"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pocket_model, tmp_path_factory):
+    """(task, ranks) -> the folder of a run of four steps that nothing befell; each is made once."""
+    made = {}
+
+    def make(task="memtrain", ranks=1):
+        if (task, ranks) not in made:
+            made[task, ranks] = folder = tmp_path_factory.mktemp("whole")
+            flags = ["--model", pocket_model, "--task", task, *STEPS, "--out", "run"]
+            done = run(flags, folder, ranks=ranks)
+            assert done.returncode == 0, done.stderr[-2000:]
+        return made[task, ranks] / "run"
+
+    return make
+
+
+def assert_same_run(a, b, steps=4):
+    assert [line["step"] for line in metrics_of(a)] == list(range(1, steps + 1))
+    assert metrics_of(a) == metrics_of(b) and any(line["grad"] > 0 for line in metrics_of(a))
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    for name, value in weights_of(a / f"step-{steps:06d}").items():
+        assert torch.equal(value, weights_of(b / f"step-{steps:06d}")[name])
+
+
+@pytest.mark.parametrize(
+    "task, ranks, place",
+    [
+        ("memtrain", 1, "train update 6"),  # between the two updates of a step
+        ("memtrain", 1, "distributed _save_pretrained 3"),  # while a checkpoint is being written
+        ("memtrain", 2, "train forward_rows 12"),  # one rank of two, in the midst of a step
+        pytest.param("memtrain", 1, "train rows_of_step 3", marks=thorough),  # before a rollout
+        pytest.param("memtrain", 2, "distributed save_checkpoint 3", marks=thorough),
+        pytest.param("longqa", 1, "train log 3", marks=thorough),  # between log and checkpoint
+        pytest.param("searchqa", 2, "train update 6", marks=thorough),
+    ],
+)
+def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+    task, ranks, place, uninterrupted, pocket_model, tmp_path
+):
+    command = ["--model", pocket_model, "--task", task, *STEPS, "--out", "run"]
+    killed = run(command, tmp_path, ranks=ranks, KILL=place, KILL_RANK=str(ranks - 1))
+    assert killed.returncode != 0 and "error:" not in killed.stderr
+    assert 1 <= len(distributed.checkpoints(tmp_path / "run")) < 4
+    done = run(["--task", task, "--resume", "--out", "run"], tmp_path, ranks=ranks)  # its settings are its own
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(tmp_path / "run", uninterrupted(task, ranks))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(uninterrupted, tmp_path):
+    whole = uninterrupted()
+    shutil.copytree(whole, tmp_path / "run")
+    for later in ("000003", "000004"):
+        shutil.rmtree(tmp_path / "run" / f"step-{later}")
+    done = run(["--resume", "--out", "run"], tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+    last = [(folder / "samples.jsonl").read_text().splitlines()[-1] for folder in (tmp_path / "run", whole)]
+    assert json.loads(last[0])["step"] == json.loads(last[1])["step"] == 4
+    for name, value in weights_of(whole / "step-000004").items():
+        other = weights_of(tmp_path / "run/step-000004")[name]
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+
+
+@thorough
+def test_torchrun_recovers_by_itself_from_the_death_of_a_rank(pocket_model, uninterrupted, tmp_path):
+    command = ["--model", pocket_model, *STEPS, "--out", "run"]
+    done = run(command, tmp_path, ranks=2, restarts=2, KILL="train update 6", KILL_RANK="1")
+    assert done.returncode == 0 and "-9" in done.stderr, done.stderr[-2000:]
+    assert_same_run(tmp_path / "run", uninterrupted("memtrain", 2))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=thorough)])
+def test_a_signal_lets_the_step_finish_and_saves_it(name, uninterrupted, pocket_model, tmp_path):
+    number = int(getattr(signal, name))
+    command = ["--model", pocket_model, *STEPS, "--out", "run"]
+    place = dict(KILL="train rows_of_step 2", KILL_WITH=str(number))
+    done = run([*command, "--save_every", "50"], tmp_path, **place)
+    assert done.returncode == 128 + number, done.stderr[-2000:]
+    assert f"stopped by {name}: step 2 is saved" in done.stdout + done.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    assert run(["--resume", "--out", "run"], tmp_path).returncode == 0
+    assert_same_run(tmp_path / "run", uninterrupted())
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def goes_on(monkeypatch, folder, *flags):
+    """train.py --resume, one step further, in this process."""
+    monkeypatch.chdir(folder)
+    train.main(["--resume", "--steps", "5", "--out", "run", *flags])
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "gone"])
+def test_a_checkpoint_that_can_not_be_read_is_named_and_the_one_before_it_is_used(
+    damage, finished, tmp_path, monkeypatch, capsys, signals
+):
+    file = finished / "step-000004" / "trainer" / "__0_0.distcp"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut in half":
+        file.write_bytes(content[: len(content) // 2])
+    goes_on(monkeypatch, tmp_path)
+    shown = capsys.readouterr()
+    assert "step-000004 can't be read; the one before it is used" in shown.err
+    assert "step 0003/" not in shown.out and "step 0004/" in shown.out
+    assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_with_its_own_settings_and_refuses_others(finished, tmp_path, monkeypatch, capsys, signals):
+    with pytest.raises(SystemExit) as stopped:
+        goes_on(monkeypatch, tmp_path, "--lr", "2e-3")
+    assert stopped.value.code == 2 and "was begun with --lr 0.001, not 0.002" in capsys.readouterr().err
+    assert len(metrics_of(finished)) == 4
+    goes_on(monkeypatch, tmp_path, "--lr", "1e-3")
+    assert len(metrics_of(finished)) == 5
+    assert json.loads((finished / "config.json").read_text())["config"]["documents_per_update"] == 2
+
+
+def test_resume_starts_afresh_where_there_is_nothing(pocket_model, tmp_path, monkeypatch, signals):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", pocket_model, *SIZES, "--steps", "1", "--eval_documents", "0"]
+    train.main([*flags, "--resume", "--out", "run"])
+    assert [line["step"] for line in metrics_of("run")] == [1]
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_last_checkpoint_intact(finished, tmp_path):
+    # no file above 1 MB, as if the disk were full
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+    go_on = ["--resume", "--steps", "5", "--out", "run"]
+    done = run(go_on, tmp_path, full + ANY_REWARD + MAIN)
+    [line] = errors_of(done)
+    assert done.returncode == 2 and "step-000005 could not be saved" in line and "GB free" in line
+    assert run(go_on, tmp_path, ANY_REWARD + MAIN).returncode == 0 and len(metrics_of(finished)) == 5
+
+
+def test_only_the_last_checkpoints_are_kept(alone, tokenizer, tmp_path):
+    policy = grpo.Policy(tiny_model())
+    optimizer = torch.optim.AdamW(policy.parameters())
+    for step in (1, 2, 3):
+        distributed.save_checkpoint(tmp_path, step, policy, optimizer, tokenizer, keep=2, files={"a.txt": "a"})
+    assert [folder.name for folder in distributed.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert distributed.checkpoint_path(tmp_path) == str(tmp_path / "step-000003")
+    assert (tmp_path / "step-000003" / "a.txt").read_text() == "a"
+
+
+def test_weights_and_optimizer_come_back_as_they_were(alone, tokenizer, tmp_path):
+    policy = grpo.Policy(tiny_model())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    train.update(train.Config(), policy, Recorder(policy), some_sequences(), Counter())  # leaves no gradients
+    policy([[1, 2]], [[3]])[0].sum().backward()
+    optimizer.step()
+    distributed.save_checkpoint(tmp_path, 7, policy, optimizer, tokenizer)
+    other = grpo.Policy(tiny_model(seed=1))
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    assert distributed.load_trainer(tmp_path, other, other_optimizer) == 7
+    for p, q in zip(policy.parameters(), other.parameters()):
+        assert p.equal(q) and optimizer.state[p]["exp_avg"].equal(other_optimizer.state[q]["exp_avg"])
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+LONE_FAILURE = """
+import sys
+sys.path.insert(0, {root!r})
+import distributed
+
+@distributed.one_line_errors()
+def main():
+    distributed.start_ranks()
+    if sys.argv[1] == "all" or distributed.rank() == 1:
+        raise ValueError("no such thing")
+    distributed.dist.barrier()
+
+main()
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "rank 1"])
+def test_an_error_of_one_rank_or_of_all_is_one_line_and_ends_the_run(who, tmp_path):
+    done = run([who], tmp_path, LONE_FAILURE, ranks=2)
+    assert done.returncode == 1 and errors_of(done) == ["error: no such thing"], done.stderr[-2000:]

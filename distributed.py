@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- ranks
 
@@ -83,7 +84,7 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # where all ranks fail, rank 0 speaks, and the others are ended by then
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

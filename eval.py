@@ -1,327 +1,410 @@
-"""Evaluation: MemTrain's proxy tasks on held-out documents, long-text QA by length, search QA by set; curves.
+"""Evaluation: MemTrain's tasks on held-out documents, long-text QA by length, search QA by set.
 
-    python eval.py memtrain --model runs/memtrain                                      held-out E2E and recall exact match
-    python eval.py longqa --model M --data eval_50.json eval_100.json --out FILE.json  RULER-HQA, a row for every file
-    python eval.py longqa --model M --data eval_50.json --mode full_context --out ...  the bare model, one context window
-    python eval.py searchqa --model M --data nq=nq.jsonl hotpotqa=hp.jsonl --retriever http://127.0.0.1:8000/retrieve --out ...
-    python eval.py filter --model M --data FILE --out FILE         drop the questions that the model answers without context
-    python eval.py curves runs/a runs/b --out curves.png           reward curves of runs, accuracy by length
-    torchrun --nproc_per_node 8 eval.py ...                        the same, samples divided over ranks
+    python eval.py memtrain --model runs/memtrain --data DOCS      end-to-end and recall, held out
+    python eval.py longqa --model M --data eval_50.json eval_100.json --out FILE.json
+    python eval.py longqa --model M --data eval_50.json --mode full_context --out FILE.json
+    python eval.py searchqa --model M --data nq=nq.jsonl hp=hp.jsonl --retriever URL --out FILE.json
+    python eval.py filter --model M --data FILE --out FILE.jsonl   drops what needs no context
+    python eval.py curves runs/a runs/b FILE.json --out curves.png
+    torchrun --nproc_per_node 8 eval.py ..                         samples divided over ranks
 
-Every finished sample is a line of OUT.parts/, so that a stopped evaluation goes on where it was; the table is made of those
-lines. Temperature 0.7 and top_p 0.95 unless --greedy (MemAgent's); the noise is a function of the sample, so that neither
-stopping nor the number of ranks changes a table. A failed, cut or empty answer counts as wrong, never as missing.
+Prompts, sizes and, without --data, held-out data are those of the model's memtrain.json; flags go
+before it. Documents are read whole, however long.
+
+Every finished sample is a line in OUT.parts/, and tables are made of those lines: a stopped
+evaluation goes on where it was. The noise is a function of (set, question, sample), so that neither
+stopping nor the number of ranks changes a table. An answer that is missing, empty or cut before its
+box is closed counts as wrong.
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import itertools
 import json
-import math
+import re
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import distributed
 import rewards
-import tiny
 import train
-from rollout import PROBLEM, TEMPLATES, Asker, Prompts, Reader, Sampler, Searcher, rollout
+from distributed import all_gather, gathered
+from rollout import Asker, Reader, Searcher, rollout
 
-SIZES = ("chunk_tokens", "memory_tokens", "answer_tokens", "kv_tokens", "segment", "prompt_order", "eval_documents", "seed", "chunks",
-         "retriever", "encoder", "passages", "result_tokens", "objectives", "turns")  # fmt: skip
-SCORES = {"em": rewards.exact_match, "sub_em": rewards.sub_exact_match, "f1": rewards.token_f1, "memagent_sub_em": rewards.memagent_sub_em}
+SCORES = {
+    "em": rewards.exact_match,
+    "sub_em": rewards.sub_exact_match,
+    "f1": rewards.token_f1,
+    "memagent_sub_em": rewards.memagent_sub_em,
+}
+SETTINGS = [  # flags of train.py that are flags here
+    *("chunk_tokens", "memory_tokens", "answer_tokens", "prompt_order", "kv_tokens", "segment"),
+    *("retriever", "encoder", "passages", "result_tokens", "objectives", "turns"),
+    *("eval_documents", "seed"),
+]
+
+# ------------------------------------------------------------------------ command line and model
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("command", choices=("memtrain", "longqa", "searchqa", "filter", "curves"))
-    parser.add_argument("runs", nargs="*", help="folders of runs, and tables of longqa (curves)")
-    parser.add_argument("--model", help="a Hub name, a folder with a checkpoint, or the folder of a run")
-    parser.add_argument("--data", nargs="+", default=[], help="[NAME=]FILE; none: the pocket world's own")
-    parser.add_argument("--out", help="the table, as JSON (filter: the questions left; curves: the picture)")
-    parser.add_argument("--mode", choices=("memory", "full_context"), default="memory", help="longqa: read in chunks, or in one window")
-    parser.add_argument("--greedy", action="store_true", help="temperature 0")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling [0.7]; memtrain: 1.0, as in training")
-    parser.add_argument("--top_p", type=float, default=0.95, help="of sampling [0.95]; memtrain: 1.0")
-    parser.add_argument("--samples", type=int, default=1, help="answers to every question [1]")
-    parser.add_argument("--batch", type=int, default=32, help="samples in lock step on each rank; what a stopped evaluation loses [32]")
-    for item in dataclasses.fields(train.Config):
-        if item.name in SIZES:
-            parser.add_argument(f"--{item.name}", type=type(item.default), choices=train.CHOICES.get(item.name), help="as in train.py; default: the run's")
+    """Command line -> its flags; those of train.py are there only where they were given."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add = parser.add_argument
+    add("command", choices=("memtrain", "longqa", "searchqa", "filter", "curves"))
+    add("runs", nargs="*", help="folders of runs and tables of longqa (curves)")
+    add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
+    add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
+    add("--out", help="the table as JSON; the questions left (filter); the picture (curves)")
+    add("--mode", choices=("memory", "full_context"), default="memory", help="of reading (longqa)")
+    add("--greedy", action="store_true", help="temperature 0")
+    add("--temperature", type=float, default=0.7, help="[0.7]; memtrain: as in training")
+    add("--top_p", type=float, default=0.95, help="[0.95]; memtrain: 1")
+    add("--samples", type=int, default=1, help="answers to every question [1]")
+    add("--batch", type=int, default=32, help="samples in lock step on a rank [32]")
+    train.add_flags(parser, SETTINGS)
     args = parser.parse_args(argv)
-    if args.command != "curves" and not args.model:
-        raise ValueError(f"{args.command} needs --model: a Hub name, a checkpoint or the folder of a run")
-    if args.command in ("filter", "curves") and not args.out:
-        raise ValueError(f"{args.command} needs --out")
+
+    needed = {
+        "memtrain": ["--model"],
+        "filter": ["--model", "--data", "--out"],
+        "curves": ["runs", "--out"],
+    }
+    for name in needed.get(args.command, ["--model", "--out"]):
+        if not getattr(args, name.strip("-")):
+            raise ValueError(f"{args.command} needs {name}")
     return args
 
 
 def config_of(args):
-    """Sizes of the run that the model comes from (train.py's defaults where it is no run), and the flags given here."""
-    folder = Path(train.checkpoint_path(args.model)).parent
-    saved = json.loads((folder / "config.json").read_text()) if (folder / "metrics.jsonl").exists() else {}
+    """Flags -> train.Config, filled up from the model's memtrain.json."""
     task = "longqa" if args.command == "filter" else args.command
-    base = tiny.CONFIG | tiny.CONFIG_OF_TASK.get(task, {}) if train.is_tiny(args.model) else {}
-    sizes = {name: saved[name] for name in SIZES if name in saved and name != "kv_tokens"}
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    return train.Config(**base | sizes | given | {"task": task, "model": args.model, "data": args.data, "max_chunks": 10**9})
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    given |= {"task": task, "model": args.model, "max_chunks": 10**9}
+    if args.data:
+        given["data"] = args.data
+    return train.configure(given)
 
 
-def open_kit(args, cfg, device):
-    """-> (kit, policy, whether the model is the pocket one)"""
-    policy, tokenizer = train.open_policy(args.model, device)
-    lm, pocket = policy.eval().lm, train.is_tiny(args.model)
-    prompts = Prompts(tokenizer, tiny.TEMPLATES if pocket else TEMPLATES, cfg.prompt_order)
-    cfg.kv_tokens = cfg.kv_tokens or train.kv_budget(lm, device)
-    temperature, top_p = (1.0, 1.0) if args.command == "memtrain" else (args.temperature, args.top_p)
-    sampler = Sampler(lm, train.end_ids(lm, tokenizer), temperature=0 if args.greedy else temperature, top_p=top_p, kv_tokens=cfg.kv_tokens,
-                      segment=cfg.segment, seed=cfg.seed, stop=prompts.closed if cfg.task == "searchqa" else None, share=policy.shares)  # fmt: skip
-    return train.Kit(cfg, prompts, tiny.PROBLEM if pocket else PROBLEM, sampler), policy, pocket
+def open_model(args, cfg):
+    """-> (Setup, Policy)"""
+    device = distributed.start_ranks()
+    policy, tokenizer = train.open_policy(cfg.model, device)
+    policy.eval()
+    cfg.kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
+    temperature, top_p = args.temperature, args.top_p
+    if args.command == "memtrain":
+        temperature, top_p = cfg.temperature, 1.0
+    if args.greedy:
+        temperature = 0
+    return train.open_setup(cfg, policy, tokenizer, temperature, top_p), policy
 
 
-# ------------------------------------------------------------------------------------------------------ samples to records
+def load_sets(args, cfg):
+    """[NAME=]FILE .., or the held-out files of the model's settings -> {name: questions}"""
+    sets = {}
+    for place in args.data or cfg.heldout:
+        name, path = re.fullmatch(r"(?:([^=/]+)=)?(.+)", place).groups()
+        name = name or Path(path).name.split(".")[0]
+        if name in sets:
+            raise ValueError(f"--data: two sets are called {name}; write NAME={path}")
+        sets[name] = data.load_questions(path, cfg.objectives if cfg.task == "searchqa" else None)
+    if not sets:
+        raise ValueError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
+    return sets
 
 
-def whole_document(kit, row, context, key):
-    """An Asker with the whole document in one window of `context` tokens, cut in the middle where it is longer. -> (agent, cut)"""
-    cfg, prompts = kit.cfg, kit.prompts
-    problem = prompts.encode(row["question"])
-    ids = [i for chunk in data.chunks(prompts.clean(row["context"]), prompts.tokenizer, 2**16) for i in chunk.ids]
-    room = context - len(prompts.whole) - len(problem) - cfg.answer_tokens
-    if room < 0:
-        raise ValueError(f"--answer_tokens {cfg.answer_tokens} leaves no room for a document in a context of {context} tokens")
-    cut = len(ids) > room
-    section = ids[: (room + 1) // 2] + ids[len(ids) - room // 2 :] if cut else ids
-    return Asker(prompts, prompts.whole(problem=problem, section=section), cfg.answer_tokens, key), cut
+# ---------------------------------------------------------------------------- samples to records
 
 
-def make_agent(args, kit, row, key, context):
-    """-> (agent, whether its document was cut)"""
-    cfg, prompts = kit.cfg, kit.prompts
+class WholeReader(Asker):
+    """Reads a document (ids) in one window of `context` tokens; of a longer one head and tail."""
+
+    def __init__(self, prompts, problem, document, context, answer_tokens, key):
+        room = context - len(prompts.whole) - len(problem) - answer_tokens
+        if room <= 0:
+            raise ValueError(
+                f"--answer_tokens {answer_tokens} leaves no room for a document in the model's "
+                f"context of {context} tokens: lower it"
+            )
+        self.document_cut = len(document) > room
+        if self.document_cut:
+            head, tail = (room + 1) // 2, room // 2
+            document = document[:head] + document[len(document) - tail :]
+        ids = prompts.whole(problem=problem, section=document)
+        super().__init__(prompts, ids, answer_tokens, key)
+
+
+def make_agent(args, setup, row, key, context):
+    """The agent that answers the question of a row; context: tokens of the model's window."""
+    cfg, prompts = setup.cfg, setup.prompts
     problem = prompts.encode(row["question"])
     if args.command == "searchqa":
-        return Searcher(prompts, problem, cfg.turns, cfg.answer_tokens, cfg.result_tokens, key), False
+        return Searcher(prompts, problem, cfg.turns, cfg.answer_tokens, cfg.result_tokens, key)
     if args.command == "filter":
-        return Asker(prompts, prompts.closed_book(problem=problem), cfg.answer_tokens, key), False
+        return Asker(prompts, prompts.closed_book(problem=problem), cfg.answer_tokens, key)
+    chunks = [chunk.ids for chunk in train.cut(setup, prompts.clean(row["context"]))]
     if args.mode == "full_context":
-        return whole_document(kit, row, context, key)
-    sections = [chunk.ids for chunk in data.chunks(prompts.clean(row["context"]), prompts.tokenizer, cfg.chunk_tokens)]
-    return Reader(prompts, problem, sections, cfg.memory_tokens, cfg.answer_tokens, key), False
+        document = list(itertools.chain(*chunks))
+        return WholeReader(prompts, problem, document, context, cfg.answer_tokens, key)
+    return Reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
 
 
-def scores_of(args, agent, golds):
-    """-> {score: value}; means over the questions where several were asked at once."""
-    if args.command == "searchqa":
-        pairs = list(zip(rewards.split_answers(agent.answer, len(golds)), golds))
+def record_of(agent, row):
+    """What is kept of a finished sample: scores in 0..1, the answer, sizes in tokens."""
+    # answers and their golds: several, by position, where several questions were asked at once
+    if isinstance(agent, Searcher):
+        golds = row["answers"]
+        answers = rewards.split_answers(agent.answer, len(golds))
     else:
-        pairs = [(rewards.extract_boxed(agent.answer), golds)]
-    answered = sum(answer is not None for answer, _ in pairs)
-    return {name: sum(score(answer, gold) for answer, gold in pairs) / len(pairs) for name, score in SCORES.items()} | {"unanswered": 1 - answered / len(pairs)}
+        golds = [row["answers"]]
+        answers = [rewards.extract_boxed(agent.answer)]
 
-
-def record_of(args, row, sample, agent, cut):
-    """The line of one finished sample."""
-    turns = agent.turns
-    record = {"id": row["id"], "sample": sample, **scores_of(args, agent, row["answers"]), "answer": agent.answer,
-              "truncated": float(any(turn.truncated for turn in turns)), "document_cut": float(cut), "turns": len(turns),
-              "tokens": sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns),
-              "peak_context": max(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns)}  # fmt: skip
+    record = {name: train.mean(map(score, answers, golds)) for name, score in SCORES.items()}
+    sizes = [len(turn.prompt_ids) + len(turn.response_ids) for turn in agent.turns]
+    record |= {
+        "unanswered": answers.count(None) / len(answers),
+        "answer": agent.answer,
+        "truncated": float(any(turn.truncated for turn in agent.turns)),
+        "turns": len(agent.turns),
+        "tokens": sum(sizes),
+        "peak_context": max(sizes),
+    }
+    if isinstance(agent, WholeReader):
+        record["document_cut"] = float(agent.document_cut)
     if isinstance(agent, Searcher):
         record |= {"searches": agent.searches, "malformed": float(agent.malformed)}
     return record
 
 
-def run_set(args, kit, policy, name, rows):
-    """All samples of one set that are not yet in OUT.parts/. -> records of all ranks, in the order of the samples"""
-    parts = Path(f"{args.out}.parts")
+def open_parts(args, cfg):
+    """Makes OUT.parts/. ValueError where it holds samples of another model or other settings."""
+    free = ("data", "out", "samples", "batch", "kv_tokens", "segment")  # no sample depends on them
+    flags = {name: value for name, value in vars(args).items() if name not in free}
+    flags["model"] = cfg.model
+    file = Path(f"{args.out}.parts", "flags.json")
+    if file.exists() and json.loads(file.read_text()) != flags:
+        raise ValueError(
+            f"{file.parent} holds samples of another model or other flags, see {file.name} there: "
+            "delete it, or choose another --out"
+        )
+    write_json(file, flags)
+
+
+def read_parts(out, name):
+    """The finished samples of a set: {(question, sample): record}"""
     done = {}
-    for path in sorted(parts.glob(f"{name}.rank*.jsonl")):
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # a line without its end was being written when the run was stopped
-                record = json.loads(line)
-                done[record["index"], record["sample"]] = record
-    dist.barrier()  # all ranks have read before any writes
-    todo = [(i, s) for i in range(len(rows)) for s in range(args.samples) if (i, s) not in done]
-    mine = todo[dist.get_rank() :: dist.get_world_size()]
-    bar = tqdm(total=len(rows) * args.samples, initial=len(rows) * args.samples - len(todo), desc=name, disable=dist.get_rank() > 0)
-    kit.sampler.step = name
-    with torch.no_grad(), train.gathered(policy), (parts / f"{name}.rank{dist.get_rank()}.jsonl").open("a") as file:
+    for path in Path(f"{out}.parts").glob(f"{name}.rank*.jsonl"):
+        with path.open() as lines:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):  # the last may be broken off
+                    record = json.loads(line)
+                    done[record["index"], record["sample"]] = record
+    return done
+
+
+def run_set(args, setup, policy, name, rows):
+    """Runs what OUT.parts/ lacks of a set. -> records of all ranks, by question and sample"""
+    # this rank's part of it
+    done = read_parts(args.out, name)
+    torch.distributed.barrier()  # all ranks have read before any writes
+    wanted = list(itertools.product(range(len(rows)), range(args.samples)))
+    missing = [key for key in wanted if key not in done]
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = missing[rank::world]
+
+    context = policy.lm.config.max_position_embeddings
+    bar = tqdm(total=len(missing), desc=name, disable=rank > 0)
+    path = Path(f"{args.out}.parts", f"{name}.rank{rank}.jsonl")
+    with torch.no_grad(), gathered(policy), path.open("a") as file:
+        file.write("\n")  # ends a line that broke off
         for first in range(0, len(mine), args.batch):
-            batch, clock = mine[first : first + args.batch], time.time()
-            agents = [make_agent(args, kit, rows[i], (i, s), kit.sampler.model.config.max_position_embeddings) for i, s in batch]
-            rollout([agent for agent, _ in agents], kit.sampler, kit.search)
-            seconds = (time.time() - clock) / len(batch)
-            for (i, s), (agent, cut) in zip(batch, agents):
-                done[i, s] = {"index": i, **record_of(args, rows[i], s, agent, cut), "seconds": seconds}
-                file.write(json.dumps(done[i, s], ensure_ascii=False) + "\n")
+            # a batch of samples in lock step
+            batch = mine[first : first + args.batch]
+            agents = []
+            for index, sample in batch:
+                key = (name, index, sample)
+                agents.append(make_agent(args, setup, rows[index], key, context))
+            rollout(agents, setup.sampler, setup.search)
+
+            # a line for each
+            for (index, sample), agent in zip(batch, agents):
+                record = {"index": index, "sample": sample, "id": rows[index]["id"]}
+                record |= record_of(agent, rows[index])
+                done[index, sample] = record
+                file.write(json.dumps(record) + "\n")
             file.flush()
-            bar.update(len(batch) * dist.get_world_size())
+            bar.update(len(batch) * world)
     bar.close()
-    merged = {key: record for rank in train.everyone(done) for key, record in rank.items()}
-    return [merged[key] for key in sorted(merged)]
+
+    done = collections.ChainMap(*all_gather(done))
+    return [done[key] for key in wanted]
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------- tables
 
 
 def summary(records):
-    """Means of all numbers of the records; scores with a 95 % interval over questions, [mean, low, high]."""
-    by_question = {}
-    for record in records:  # several samples of a question are not independent: average them first
-        by_question.setdefault(record["index"], []).append(record)
-    row = {"n": len(by_question)}
-    for key in records[0]:
-        if key in ("index", "sample", "id", "answer"):
-            continue
-        means = [sum(record[key] for record in group) / len(group) for group in by_question.values()]
-        row[key] = list(train.interval(means)[:3]) if key in SCORES else sum(means) / len(means)
+    """A row of a table: means over questions; of scores [mean, low, high], a 95 % interval.
+
+    Samples of one question are not independent: they are averaged first."""
+    samples = {}  # of every question
+    for record in records:
+        samples.setdefault(record["index"], []).append(record)
+    row = {"n": len(samples)}
+    for name in records[0]:
+        if name not in ("index", "sample", "id", "answer"):
+            means = [train.mean(record[name] for record in each) for each in samples.values()]
+            row[name] = list(train.interval(means)[:3]) if name in SCORES else train.mean(means)
     return row
 
 
-def average(scores):
-    """The mean of independent scores [mean, low, high], and its own interval: half widths add in quadrature.
-
-    >>> [round(value, 4) for value in average([[0.5, 0.4, 0.6], [0.7, 0.6, 0.8]])]
-    [0.6, 0.5293, 0.6707]
-    """
-    mean, count = sum(score[0] for score in scores) / len(scores), len(scores)
-    return [mean, mean - math.hypot(*(score[0] - score[1] for score in scores)) / count, mean + math.hypot(*(score[2] - score[0] for score in scores)) / count]
-
-
 def print_table(table):
-    """Markdown, scores in percent."""
-    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    """{set: row} as Markdown, scores in percent; on rank 0."""
+    columns = list(dict.fromkeys(itertools.chain(*table.values())))
     cells = [["set", *columns]]
     for name, row in table.items():
-        cells.append([name, *(format_cell(key, row.get(key)) for key in columns)])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for number, row in enumerate(cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        cells.append([name, *(cell(row.get(column, "")) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    for row in cells if distributed.rank() == 0 else []:
+        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
 
 
-def format_cell(key, value):
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)):
-        mean, low, high = value[:3]
+def cell(value):
+    """
+    >>> cell([0.5, 0.4, 0.625]), cell(28131.25), cell(128)
+    ('50.00 [40.0, 62.5]', '28131.25', '128')
+    """
+    if isinstance(value, list):
+        mean, low, high = value
         return f"{100 * mean:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
-    if key in ("truncated", "unanswered", "document_cut", "malformed"):
-        return f"{value:.1%}"
-    return f"{value:.0f}" if key in ("n", "tokens", "peak_context") else f"{value:.2f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def write_json(path, value):
-    """Whole or not at all."""
-    if path and dist.get_rank() == 0:
+    if distributed.rank() == 0:
         with data.whole_or_nothing(path) as partial:
-            partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# -------------------------------------------------------------------------------------- commands
 
 
-def evaluate_proxy(args, kit, policy, pocket):
-    """E2E and recall exact match on held-out documents, sampled at temperature 1, as train.py prints them."""
-    heldout = train.load_material(kit.cfg, pocket).heldout
-    rows = [heldout[i] for i in range(min(kit.cfg.eval_documents, len(heldout)))]
+def memtrain(args):
+    """E2E and recall exact match on held-out documents, as train.py prints them."""
+    cfg = config_of(args)
+    heldout = train.load_documents(cfg)[1]
+    rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
     if not rows:
-        raise ValueError(f"{' '.join(args.data)}: no held-out documents (data.py build --heldout N)")
-    result = train.look(kit, policy, rows)
-    table = {train.PROXY[kind]: {"n": n, "em": [mean, low, high]} for kind, (mean, low, high, n) in result.items()}
-    if dist.get_rank() == 0:
-        print_table(table)
-    write_json(args.out, table)
+        raise ValueError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
+    setup, policy = open_model(args, cfg)
+    train.check_budget(setup, rows, policy.lm)
+    table, names = {}, {"trajectory": "E2E", "recall": "recall"}
+    for kind, (*score, n) in train.evaluate(setup, policy, rows).items():
+        table[names[kind]] = {"n": n, "em": score}
+    print_table(table)
+    if args.out:
+        write_json(args.out, table)
 
 
-def evaluate_questions(args, kit, policy, pocket):
-    """Long-text QA or search QA: a row for every set, then their average."""
-    Path(f"{args.out}.parts").mkdir(parents=True, exist_ok=True)
-    sets = {}
-    for place in args.data:
-        name, _, path = place.rpartition("=")
-        sets[name or Path(path).name.split(".")[0]] = path
-    loaded = {name: data.load_questions(path, kit.cfg.objectives if args.command == "searchqa" else None) for name, path in sets.items()}
-    if not loaded and pocket:
-        loaded = pocket_sets(args, kit.cfg)
-    if args.command == "searchqa":
-        kit = kit._replace(search=train.open_search(kit.cfg, kit.cfg.retriever) if sets else train.load_material(kit.cfg, pocket).heldout_search)
-    table = {name: summary(run_set(args, kit, policy, name, rows)) for name, rows in loaded.items()}
+def questions(args):
+    """Answers all sets of questions; then a table (longqa, searchqa), or what is left (filter)."""
+    cfg = config_of(args)
+    sets = load_sets(args, cfg)
+    setup, policy = open_model(args, cfg)
+    open_parts(args, cfg)
+    records = {}
+    for name, rows in sets.items():
+        if args.command != "filter" and args.mode == "memory":
+            train.check_budget(setup, rows, policy.lm)
+        records[name] = run_set(args, setup, policy, name, rows)
+    if args.command == "filter":
+        write_questions(args.out, sets, records)
+    else:
+        write_table(args.out, cfg, records)
+
+
+def write_table(out, cfg, records):
+    """A row for every set, then their average. Its interval is wide enough for sets that ask the
+    same questions, as files of several lengths do; for others it is wider than need be."""
+    table = {name: summary(records[name]) for name in records}
     if len(table) > 1:
-        table["average"] = {score: average([row[score] for row in table.values()]) for score in SCORES}
-    if dist.get_rank() == 0:
-        print_table(table)
-    write_json(args.out, {"command": sys.argv[1:], "config": dataclasses.asdict(kit.cfg), "table": table})
+        rows, average = list(table.values()), {}
+        for score in SCORES:
+            average[score] = [train.mean(column) for column in zip(*(row[score] for row in rows))]
+        table["average"] = average
+    print_table(table)
+    record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "table": table}
+    write_json(out, record)
 
 
-def pocket_sets(args, cfg):
-    """Questions of the pocket world: by length (1 to 8 times the trained chunks), or about its held-out corpus."""
-    if args.command == "searchqa":
-        return {"pocket": train.load_material(cfg, True).heldout}
-    return {f"{n} chunks": tiny.questions(cfg.eval_documents, tiny.HELDOUT_SEED, n) for n in (cfg.chunks, 2 * cfg.chunks, 4 * cfg.chunks, 8 * cfg.chunks)}
-
-
-def filter_questions(args, kit, policy, pocket):
-    """Drops the questions that the model answers right without their context (any of --samples samples)."""
-    Path(f"{args.out}.parts").mkdir(parents=True, exist_ok=True)
-    rows = [row for path in args.data for row in data.load_questions(path)]
-    known = {record["index"] for record in run_set(args, kit, policy, "filter", rows) if record["em"] == 1}
-    if dist.get_rank() == 0:
-        with data.whole_or_nothing(args.out) as partial, partial.open("w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for i, row in enumerate(rows) if i not in known)
-        print(f"{args.out}: {len(rows) - len(known)} of {len(rows)} questions left, {len(known)} answered without context")
+def write_questions(out, sets, records):
+    """Drops the questions that were answered without their context, in any of the samples."""
+    left = []
+    for name, rows in sets.items():
+        known = {record["index"] for record in records[name] if record["em"] == 1}
+        left += [row for index, row in enumerate(rows) if index not in known]
+    if distributed.rank() == 0:
+        with data.whole_or_nothing(out) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in left))
+        print(f"{out}: {len(left)} of {sum(map(len, sets.values()))} questions are left")
 
 
 def curves(args):
-    """Reward by step of runs (folders), accuracy by length of longqa tables (.json, log axis, intervals), into one picture."""
+    """One picture: exact match of runs by step, and of longqa tables by tokens read."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for run in map(Path, args.runs):
-        if run.is_dir():
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            steps = [line for line in lines if "R_E" in line]
-            drawn = left.plot([line["step"] for line in steps], [line["em"] for line in steps], alpha=0.4)[0]
-            looks = [(line["step"], *line["heldout"]["trajectory"][:3]) for line in lines if "heldout" in line]
-            if looks:
-                x, mean, low, high = zip(*looks)
-                left.errorbar(x, mean, [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]], color=drawn.get_color(), marker="o", capsize=3)
-            drawn.set_label(run.name)
+    for path in map(Path, args.runs):
+        if path.is_dir():
+            # a line of the training batches, dots of the held-out rows
+            lines = train.read_metrics(path)
+            em = {line["step"]: line["em"] for line in lines if "em" in line}
+            (line,) = left.plot(em.keys(), em.values(), alpha=0.4)
+            looks = {line["step"]: line["heldout"] for line in lines if "heldout" in line}
+            scores = {step: look["trajectory"][:3] for step, look in looks.items()}
+            dots(left, scores, path.name, line.get_color())
         else:
-            rows = [row for name, row in json.loads(run.read_text())["table"].items() if name != "average"]
-            x, (mean, low, high) = [row["tokens"] for row in rows], zip(*(row["em"] for row in rows))
-            right.errorbar(x, mean, [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]], marker="o", capsize=3, label=run.stem)
+            # a dot for every length
+            table = json.loads(path.read_text()).get("table", {})
+            scores = {row["tokens"]: row["em"] for row in table.values() if "tokens" in row}
+            if not scores:
+                raise ValueError(f"{path}: not a table that eval.py longqa wrote")
+            dots(right, scores, path.stem)
+
     left.set(xlabel="step", ylabel="exact match (line: training, dots: held-out)", ylim=(0, 1))
     right.set(xlabel="tokens read", ylabel="exact match", xscale="log", ylim=(0, 1))
     for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
+        if axes.has_data():
             axes.legend()
     figure.tight_layout()
     figure.savefig(args.out, dpi=150)
     print(args.out)
 
 
-@train.one_line_errors()
+def dots(axes, scores, label, color=None):
+    """Draws {x: [mean, low, high]}."""
+    mean, low, high = np.array(list(scores.values())).reshape(-1, 3).T
+    errors = [mean - low, high - mean]
+    axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+
+
+@distributed.one_line_errors()
 def main(argv=None):
     args = parse(argv)
-    if args.command == "curves":
-        return curves(args)
-    cfg = config_of(args)
-    if not args.out and args.command != "memtrain":
-        raise ValueError(f"{args.command} needs --out: the table, and where a stopped evaluation goes on")
-    if not args.data and not train.is_tiny(args.model):
-        raise ValueError(f"{args.command} of {args.model} needs --data")
-    kit, policy, pocket = open_kit(args, cfg, train.start_ranks())
-    command = {"memtrain": evaluate_proxy, "filter": filter_questions}.get(args.command, evaluate_questions)
-    command(args, kit, policy, pocket)
+    command = {"memtrain": memtrain, "curves": curves}.get(args.command, questions)
+    command(args)
 
 
 if __name__ == "__main__":

@@ -68,19 +68,20 @@ def token_weights(lengths, aggregate, document=None, count=None):
     >>> token_weights([1, 3], "sequence").tolist()[:2], token_weights([1, 3], "token").tolist()[:2]
     ([0.5, 0.1666666716337204], [0.25, 0.25])
     """
-    lengths = torch.as_tensor(lengths, dtype=torch.long)
     if aggregate == "sequence":
         document = [0] * len(lengths) if document is None else list(document)
         turns = Counter(document)
-        per_turn = [1 / (len(turns) * turns[name]) for name in document]
-        per_token = torch.tensor(per_turn, dtype=torch.float64) / lengths
+        weights = []  # of a token, a turn each
+        for name, length in zip(document, lengths):
+            weights.append(1 / (len(turns) * turns[name] * length))
     elif aggregate == "token":
-        per_token = torch.full((len(lengths),), 1 / max(int(lengths.sum()), 1)).double()
+        weights = [1 / max(sum(lengths), 1)] * len(lengths)
     elif aggregate == "constant":
-        per_token = torch.full((len(lengths),), 1 / (max(len(lengths), 1) * count)).double()
+        weights = [1 / (len(lengths) * count)] * len(lengths) if lengths else []
     else:
         raise ValueError(f"aggregate is {aggregate!r}: use sequence, token or constant")
-    return per_token.repeat_interleave(lengths).float()
+    lengths = torch.as_tensor(lengths, dtype=torch.long)
+    return torch.tensor(weights).repeat_interleave(lengths)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -113,9 +114,11 @@ def policy_loss(
     loss = -torch.min(ratio * advantages, clipped * advantages)
     if dual_clip:
         loss = torch.where(advantages < 0, torch.min(loss, -advantages * dual_clip), loss)
+    clipped_high = (ratio > 1 + clip_high) & (advantages > 0)
+    clipped_low = (ratio < 1 - clip_low) & (advantages < 0)
     metrics = {
-        "clip_high": ((ratio > 1 + clip_high) & (advantages > 0)).float().mean(),
-        "clip_low": ((ratio < 1 - clip_low) & (advantages < 0)).float().mean(),
+        "clip_high": clipped_high.float().mean(),
+        "clip_low": clipped_low.float().mean(),
         "ratio": ratio.mean(),
         "entropy": -logps.mean(),
     }
@@ -128,7 +131,8 @@ def policy_loss(
         metrics["kl"] = k3.mean()
 
     # eq. 4: the mean, as the weights have it
-    return (weights * loss).sum(), {name: value.detach() for name, value in metrics.items()}
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return (weights * loss).sum(), metrics
 
 
 # ------------------------------------------------------------------------ rows of shared prefixes
@@ -248,7 +252,8 @@ def shared_prefix_attention(
         )
     if query.is_cuda:  # a mask together with enable_gqa falls to the slow kernel there
         repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        key = key.repeat_interleave(repeats, 1)
+        value = value.repeat_interleave(repeats, 1)
 
     def attend(q, k, v, mask):
         return F.scaled_dot_product_attention(
@@ -266,7 +271,8 @@ def shared_prefix_attention(
         for mask in unit.masks:
             q, k, v = next(parts)
             if unit.prefix:
-                k, v = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)
+                k = torch.cat([prefix_k, k], 2)
+                v = torch.cat([prefix_v, v], 2)
             outputs.append(attend(q, k, v, mask))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
@@ -310,13 +316,14 @@ class Policy(nn.Module):
         layers = set(getattr(config, "layer_types", None) or [])
         if getattr(config, "sliding_window", None) or layers - {"full_attention"}:
             return False
-        prompts, responses = [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5]], [[6, 7], [8], [9, 10, 11]]
+        prompts = [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5]]
+        responses = [[6, 7], [8], [9, 10, 11]]
         training = self.training
         self.eval()
         together = torch.cat(self._rows(prompts, responses, 1.0))
-        alone = [self._alone(*turn, 1.0) for turn in zip(prompts, responses)]
+        alone = torch.cat(self._one_by_one(prompts, responses, 1.0))
         self.train(training)
-        return torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
+        return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
 
     def forward(self, prompts, responses, temperature=1.0):
         """Token-id lists, as many of either -> list of (length of the response,) fp32 log-probs.
@@ -327,19 +334,25 @@ class Policy(nn.Module):
         prompts, responses = list(prompts), list(responses)
         if self.shares:
             return self._rows(prompts, responses, temperature)
-        return [self._alone(*turn, temperature) for turn in zip(prompts, responses)]
+        return self._one_by_one(prompts, responses, temperature)
 
-    def _alone(self, prompt, response, temperature):
-        """Log-probs of one response, by the plain model."""
-        ids = torch.tensor([[*prompt, *response]], device=self.lm.device)
-        logits = self.lm(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
-        logps = (logits.float() / temperature).log_softmax(-1)
-        return logps.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    def _one_by_one(self, prompts, responses, temperature):
+        """Log-probs of the responses, by the plain model."""
+        result = []
+        for prompt, response in zip(prompts, responses):
+            ids = torch.tensor([prompt + response], device=self.lm.device)
+            # the logits from the prompt's last token on predict the response
+            logits = self.lm(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+            logps = (logits.float() / temperature).log_softmax(-1)
+            targets = ids[0, len(prompt) :, None]
+            result.append(logps.gather(-1, targets)[:, 0])
+        return result
 
     def _rows(self, prompts, responses, temperature):
         """Log-probs of all responses, in one row of units."""
         # lay the row out: ids and positions (L,), where responses are predicted from (N,)
-        row, positions, predictors, units, order = [], [], [], [], []
+        row, positions, predictors = [], [], []
+        units, order = [], []
         device = self.lm.device
         for prefix, turns in shared_prefixes(prompts):
             prefix = prefix if len(turns) > 1 else 0
@@ -347,7 +360,7 @@ class Policy(nn.Module):
             positions += range(prefix)
             tails = []
             for i in turns:
-                tail = [*prompts[i][prefix:], *responses[i][:-1]]
+                tail = prompts[i][prefix:] + responses[i][:-1]
                 # the hidden state at the prompt's last token predicts the response's first
                 first = len(row) + len(prompts[i]) - prefix - 1
                 predictors += range(first, len(row) + len(tail))
@@ -370,8 +383,9 @@ class Policy(nn.Module):
         targets = [token for i in order for token in responses[i]]
         chosen = hidden[torch.tensor(predictors, device=device)]  # (N, width)
         logps = self._token_logps(chosen, torch.tensor(targets, device=device), temperature)
+        lengths = [len(responses[i]) for i in order]
         result = [None] * len(prompts)
-        for i, values in zip(order, logps.split([len(responses[i]) for i in order])):
+        for i, values in zip(order, logps.split(lengths)):
             result[i] = values.clone()  # FSDP2 takes no views from its root
         return result
 
@@ -383,7 +397,8 @@ class Policy(nn.Module):
 
         def chunk_logps(hidden, targets):
             logits = head(hidden).float() / temperature
-            return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+            chosen = logits.gather(-1, targets[:, None])[:, 0]
+            return chosen - logits.logsumexp(-1)
 
         chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
         logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
@@ -393,16 +408,16 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------------------------ demo
 
 
-def demo(steps=41, questions=8, group=8):
+def demo(steps=61, questions=16, group=8):
     """A random model of one-token responses; the reward is 1 where the prompt's last token is
     repeated."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=16)
-    layers = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, tie_word_embeddings=True)))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
     for step in range(steps):
         # rollout
         asked = torch.randint(16, (questions,)).repeat_interleave(group).tolist()
@@ -412,8 +427,8 @@ def demo(steps=41, questions=8, group=8):
         responses = torch.multinomial(logits.softmax(-1), 1).tolist()
 
         # rewards and advantages
-        right = [float(response == [token]) for response, token in zip(responses, asked)]
-        rewards = torch.tensor(right).view(questions, group)
+        right = torch.tensor(responses)[:, 0] == torch.tensor(asked)
+        rewards = right.float().view(questions, group)
         advantages = group_advantages(rewards).flatten()
 
         # update
@@ -423,7 +438,7 @@ def demo(steps=41, questions=8, group=8):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 10 == 0:
+        if step % 15 == 0:
             reward, entropy = rewards.mean(), metrics["entropy"]
             print(f"step {step:02d} | reward {reward:.2f} | entropy {entropy:.2f}")
 

@@ -1,274 +1,312 @@
-"""Our way of sampling and training against the plain way, side by side: seconds, peak memory, tokens through the model.
+"""Our way of sampling and training against the plain way, side by side.
 
-    python tests/bench.py                                       ten minutes or so on two cores of a CPU
-    python tests/bench.py --only update --json bench.json       one row, also written to a file
-    python tests/bench.py --plain_logits responses              against a plain way that keeps fewer logits (see below)
-    python tests/bench.py --device cuda --dtype bf16 --shape paper      models and lengths of the paper's size on a GPU
+    python tests/bench.py                                   ten minutes on one core of a CPU
+    python tests/bench.py --only update --json bench.json   one row, also written to a file
+    python tests/bench.py --device cuda --dtype bf16 --shape paper
 
-The plain way repeats every prompt for each of its samples and pads batches: `generate` on the repeated prompts, then a
-training forward on [prompt | response] of every sample with the logits of all positions. `--plain_logits responses` spares
-the prompts' logits, as recent versions of TRL do; nothing else in this file changes with it.
+The plain way repeats every prompt for each of its samples and pads batches: `generate` on the
+repeated prompts, then a training forward on [prompt | response] of every sample with the logits of
+all positions. `--plain_logits responses` spares it the prompts' logits, as recent versions of TRL
+do; nothing else changes with it.
 
-Every row is first checked for equal results: the same greedy tokens, and gradients that differ by less than 1e-5 of their
-norm (bf16: gradients by less than 5e-2, tokens not at all). Then both ways take turns, three times each, and the medians
-count: ratios of one run on one machine are fair even where other work slows it down; seconds of different runs can't be
-compared. Both sample at temperature 1 (ours with its hashed noise), and no end token exists, so that all responses have the length
-of their limit. Models are randomly initialised.
+Every row is first checked for equal results: the same greedy tokens, and gradients that differ by
+less than 1e-5 of their norm (bf16: gradients by less than 5e-2, tokens not at all). Then both ways
+take turns, three times each, and the medians count. Ratios of one run are fair even where other
+work slows it down; seconds of different runs can't be compared. Models are random, temperature is
+1, and no end token exists, so that all responses are as long as their limit.
 
-Peak memory is what a run adds to a process that already holds the model: on a CPU the rise of the resident set's high-water
-mark in a fresh process per variant, on a GPU the allocator's peak. Tokens are counted by a hook on the model's body, padding
-included; beside them stand the tokens that would do if every common prefix ran once in each call of the sampler and once in
-the update.
+Peak memory is what a run adds to a fresh process that holds the model already: of the resident set
+on a CPU (Linux), of the allocator on a GPU. Tokens are counted by a hook on the model's body,
+padding included.
 """
 
 import argparse
 import contextlib
-import gc
 import io
-import itertools
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
 import grpo
 import rollout
-import tiny
-import train
 
-SMALL = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=64)  # fmt: skip
-QWEN3 = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128)
+SMALL = dict(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+)
+
+
+def qwen3(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads):
+    own = dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    own |= dict(num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads)
+    return dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, **own)
+
+
 MODELS = {  # the layout of Qwen3; parameters include the tied embedding
     "small": {"5M": SMALL},
     "paper": {
-        "0.6B": QWEN3 | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
-        "1.7B": QWEN3 | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
-        "4B": QWEN3 | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+        "0.6B": qwen3(1024, 3072, 28, 16),
+        "1.7B": qwen3(2048, 6144, 28, 16),
+        "4B": qwen3(2560, 9728, 36, 32),
     },
 }
-SIZES = {  # prompts x tokens, samples of each, new tokens; plain_rows: sequences of a plain training forward
+SIZES = {  # prompts x tokens, samples of each, new tokens
     "small": {
-        "recall step": dict(prompts=4, length=512, group=8, new=64, plain_rows=32),
-        "update": dict(prompts=1, length=2048, group=8, new=64, plain_rows=8),
+        "recall step": dict(prompts=4, length=512, group=8, new=64),
+        "update": dict(prompts=1, length=2048, group=8, new=64),
         "rollout": dict(prompts=1, length=5120, group=8, new=64),
-        "chunk first": dict(chunk=2048, chunks=3, memory=128, group=8, plain_rows=8),
+        "chunk first": dict(chunk=2048, chunks=3, memory=128, group=8),
         "ragged": dict(prompts=32, length=64, group=1, new=256),
     },
-    "paper": {  # plain_rows 1: eight sequences of full logits fit no GPU
-        "recall step": dict(prompts=4, length=6400, group=8, new=256, plain_rows=1),
-        "update": dict(prompts=1, length=6400, group=8, new=512, plain_rows=1),
+    "paper": {
+        "recall step": dict(prompts=4, length=6400, group=8, new=256),
+        "update": dict(prompts=1, length=6400, group=8, new=512),
         "rollout": dict(prompts=1, length=6400, group=8, new=512),
-        "chunk first": dict(chunk=5120, chunks=3, memory=1024, group=8, plain_rows=1),
+        "chunk first": dict(chunk=5120, chunks=3, memory=1024, group=8),
         "ragged": dict(prompts=32, length=256, group=1, new=1024),
     },
 }
+PLAIN_ROWS = {"small": 32, "paper": 1}  # of a plain training forward; more full logits fit no GPU
 RANKS = dict(prompts=16, length=512, group=8, new=64)  # of the row "two ranks"
-MEMORY = ("update", "rollout")  # rows whose peak memory is measured, in further runs
+MEMORY = ("update", "rollout")  # rows whose peak memory is measured as well
 REPEATS = 3
 
 
-# ------------------------------------------------------------------------------------------------------- the two ways
+# ---------------------------------------------------------------------------------- the two ways
 
 
 class Bench:
-    """A model twice, with the same weights: as our code runs it (`policy`), and as transformers gives it (`plain`)."""
+    """A model twice, with the same weights: as our code runs it (`policy`), and as transformers
+    gives it (`plain`). `tokens` counts what passes through either."""
 
     def __init__(self, options, model):
+        self.options, self.shape = options, MODELS[options.shape][model]
+        self.plain = self._model()
+        self.policy = grpo.Policy(self._model(), shares=True)  # bf16 is too coarse to find it out
+        self.tokens = 0
+        for lm in (self.plain, self.policy.lm):
+            lm.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _model(self):
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        self.options, self.shape = options, MODELS[options.shape][model]
-        config = Qwen3Config(**self.shape, tie_word_embeddings=True, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-        lms = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            with torch.device(options.device):
-                lms.append(Qwen3ForCausalLM._from_config(config, dtype=dtype))
-            if options.shape == "paper":
-                lms[-1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                lms[-1].train()
-        self.plain, self.policy = lms[0], grpo.Policy(lms[1], shares=True)  # bf16 may be too coarse to find that out
-        self.tokens = dict.fromkeys(("ours", "plain"), 0)
-        for side, lm in ("plain", self.plain), ("ours", self.policy.lm):
-            lm.base_model.register_forward_pre_hook(lambda *call, side=side: self._count(side, *call), with_kwargs=True)
+        no_tokens = dict(bos_token_id=None, eos_token_id=None)
+        sizes = dict(tie_word_embeddings=True, max_position_embeddings=32768)
+        config = Qwen3Config(**self.shape, **sizes, **no_tokens)
+        dtype = torch.bfloat16 if self.options.dtype == "bf16" else torch.float32
+        torch.manual_seed(0)
+        with torch.device(self.options.device):
+            lm = Qwen3ForCausalLM._from_config(config, dtype=dtype)
+        if self.options.shape == "paper":
+            lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        return lm.train()
 
-    def _count(self, side, module, args, kwargs):
-        self.tokens[side] += kwargs["input_ids"].numel()
+    def _count(self, module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        self.tokens += ids.numel()
 
-    def prompts(self, count, length, group):
-        """`count` random prompts, each `group` times in a row."""
-        rng = random.Random(0)
-        return [p for p in ([rng.randrange(self.shape["vocab_size"]) for _ in range(length)] for _ in range(count)) for _ in range(group)]
+    def prompts(self, prompts, length, group=1, **_):
+        """Random prompts, each `group` times in a row."""
+        rng, result = random.Random(0), []
+        for _ in range(prompts):
+            result += [rng.choices(range(self.shape["vocab_size"]), k=length)] * group
+        return result
 
-    def sample(self, prompts, limits, keys=None, temperature=1.0):
+    def sampler(self, temperature=1.0):
+        end = self.shape["vocab_size"]  # there is no such token
+        return rollout.Sampler(self.policy.lm, [end], temperature=temperature, kv_tokens=2**20)
+
+    def sample(self, prompts, limits, temperature=1.0):
         """Responses of exactly these lengths, our way."""
-        sampler = rollout.Sampler(self.policy.lm, end_ids=[self.shape["vocab_size"]], temperature=temperature, kv_tokens=2**20)
-        return sampler(prompts, limits, keys or [(i,) for i in range(len(prompts))])
+        keys = [(i,) for i in range(len(prompts))]
+        return [response.ids for response in self.sampler(temperature)(prompts, limits, keys)]
 
     @torch.no_grad()
-    def plain_sample(self, prompts, limits, keys=None, temperature=1.0):
+    def plain_sample(self, prompts, limits, temperature=1.0):
         """The same in one `generate`: left padding, all rows until the longest is done."""
         from transformers import GenerationConfig
 
-        ids, mask = rollout._pad_left(prompts, 0, self.plain.device)
-        self.plain.generation_config = GenerationConfig(
-            **(dict(do_sample=True, top_k=0) if temperature else {}), eos_token_id=[self.shape["vocab_size"]], pad_token_id=0
-        )
-        training = self.plain.training
-        out = self.plain.eval().generate(ids, attention_mask=mask, max_new_tokens=max(limits)).tolist()
-        self.plain.train(training)
+        ids, mask = rollout.pad_left(prompts, self.plain.device)
+        sampling = dict(do_sample=True, top_k=0) if temperature else {}
+        self.plain.generation_config = GenerationConfig(**sampling, pad_token_id=0)
+        self.plain.eval()
+        out = self.plain.generate(ids, attention_mask=mask, max_new_tokens=max(limits)).tolist()
+        self.plain.train()
         return [row[ids.shape[1] :][:limit] for row, limit in zip(out, limits)]
 
-    def _loss(self, logps, responses, first, total):
-        """A loss as in training: advantages +1 and -1 in turn, the mean over the tokens of the whole step."""
-        advantages = torch.tensor([(-1.0) ** (first + i) for i, r in enumerate(responses) for _ in r], device=logps.device)
-        return grpo.policy_loss(logps, logps.detach(), advantages, torch.full_like(logps, 1 / total))[0]
-
-    def update(self, prompts, responses):
-        """Gradients of the step, in rows of shared prefixes."""
-        total = sum(map(len, responses))
+    def update(self, prompts, responses, world=1):
+        """Gradients of a step, in rows of shared prefixes; the mean over the tokens of all ranks."""
+        total = world * sum(map(len, responses))
         self.policy.zero_grad()
-        for _, turns in grpo.pack(prompts, responses, 32768):
-            logps = self.policy([prompts[i] for i in turns], [responses[i] for i in turns])
-            sum(self._loss(logps[n], [responses[i]], i, total) for n, i in enumerate(turns)).backward()
+        for row in grpo.pack(prompts, responses, 32768):
+            # iterators: FSDP would look for tensors in lists, id by id
+            turns = [iter([column[i] for i in row]) for column in (prompts, responses)]
+            logps = self.policy(*turns)
+            losses = [step_loss(own, i, total) for i, own in zip(row, logps)]
+            (world * sum(losses)).backward()  # FSDP averages over ranks
 
-    def plain_update(self, prompts, responses, rows):
-        """Gradients of the step, in padded batches of `rows` sequences: right-padded responses after left-padded prompts."""
-        total = sum(map(len, responses))
+    def plain_update(self, prompts, responses):
+        """The same, in padded batches."""
+        total, rows = sum(map(len, responses)), PLAIN_ROWS[self.options.shape]
         self.plain.zero_grad()
         for first in range(0, len(prompts), rows):
-            p, r = prompts[first : first + rows], responses[first : first + rows]
-            left, left_mask = rollout._pad_left(p, 0, self.plain.device)
-            width = max(map(len, r))
-            right = torch.tensor([x + [0] * (width - len(x)) for x in r], device=left.device)
-            right_mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in r], device=left.device)
-            ids, mask = torch.cat([left, right], 1), torch.cat([left_mask, right_mask], 1)
-            keep = 0 if self.options.plain_logits == "full" else width + 1
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self.plain(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
-            logps = logits[:, -width - 1 : -1].float().log_softmax(-1).gather(-1, right[:, :, None])[..., 0]
-            self._loss(logps[right_mask.bool()], r, first, total).backward()
+            turns = list(zip(prompts, responses))[first : first + rows]
+            ids, mask = rollout.pad_left([p + r for p, r in turns], self.plain.device)
+            width = max(len(response) for _, response in turns)
+            logits = self.plain(
+                ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+                use_cache=False,
+                logits_to_keep=0 if self.options.plain_logits == "full" else width,
+            ).logits[:, -width:]
+            logps = logits.float().log_softmax(-1).gather(-1, ids[:, -width:, None])[..., 0]
+            losses = []
+            for row, (_, response) in enumerate(turns):
+                losses.append(step_loss(logps[row, -len(response) :], first + row, total))
+            sum(losses).backward()
 
     def equal_tokens(self, prompts, limits):
-        """Whether greedy decoding agrees, to the last token; in bf16 rounding makes that a matter of luck: not asked there."""
-        return self.options.dtype != "fp32" or self.sample(prompts, limits, temperature=0) == self.plain_sample(prompts, limits, temperature=0)
+        """Whether greedy decoding agrees to the last token; in bf16 that is a matter of luck."""
+        if self.options.dtype != "fp32":
+            return True
+        ours = self.sample(prompts, limits, temperature=0)
+        return ours == self.plain_sample(prompts, limits, temperature=0)
 
-    def equal_gradients(self, prompts, responses, rows):
+    def equal_gradients(self, prompts, responses):
         self.update(prompts, responses)
-        self.plain_update(prompts, responses, rows)
-        pairs = [(a.grad.float(), b.grad.float()) for a, b in zip(self.policy.lm.parameters(), self.plain.parameters())]
-        difference, norm = (sum(float(x.square().sum()) for x in xs) ** 0.5 for xs in ([a - b for a, b in pairs], [b for _, b in pairs]))
-        return difference < (1e-5 if self.options.dtype == "fp32" else 5e-2) * norm
+        self.plain_update(prompts, responses)
+        difference = norm = 0
+        for ours, plain in zip(self.policy.lm.parameters(), self.plain.parameters()):
+            difference += float((ours.grad - plain.grad).float().square().sum())
+            norm += float(plain.grad.float().square().sum())
+        bound = 1e-5 if self.options.dtype == "fp32" else 5e-2
+        return difference**0.5 < bound * norm**0.5
 
 
-def distinct(sequences):
-    """Tokens that have to run if every common prefix runs once: the nodes of the sequences' tree of prefixes.
-
-    >>> distinct([[1, 2, 3], [1, 2, 4], [1, 2, 3], [5]])
-    5
-    """
-    ordered = sorted(map(list, sequences))
-    common = (sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b))) for a, b in zip(ordered, ordered[1:]))
-    return sum(map(len, ordered)) - sum(common)
+def step_loss(logps, turn, total):
+    """Of one turn: advantages +1 and -1 in turns, the mean over the tokens of the whole step."""
+    advantages = torch.full_like(logps, (-1.0) ** turn)
+    weights = torch.full_like(logps, 1 / total)
+    return grpo.policy_loss(logps, logps.detach(), advantages, weights)[0]
 
 
-def exact_tokens(calls=(), trained=()):
-    """The least tokens of a step. calls: (prompts, responses) of every call of the sampler; trained: of the update."""
-    sampled = sum(distinct(prompts) + sum(len(r) - 1 for r in responses) for prompts, responses in calls)
-    return sampled + distinct([p + r[:-1] for p, r in zip(*trained)]) if trained else sampled
+# ------------------------------------------------------------------------------------------ rows
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
-
-# A row: bench, size -> an object with check() -> bool, ours() and plain() to be timed, and exact, the least tokens of ours().
+class Row(NamedTuple):
+    check: object  # () -> whether both ways give the same
+    ours: object  # () -> None, timed
+    plain: object
 
 
 def recall_step(bench, size):
     """A recall's group: rollout and update."""
-    prompts, limits = bench.prompts(size["prompts"], size["length"], size["group"]), [size["new"]] * (size["prompts"] * size["group"])
-    responses = bench.sample(prompts, limits)
-    return SimpleNamespace(
-        check=lambda: bench.equal_tokens(prompts, limits) and bench.equal_gradients(prompts, responses, size["plain_rows"]),
+    prompts = bench.prompts(**size)
+    limits = [size["new"]] * len(prompts)
+    responses = bench.prompts(len(prompts), size["new"])
+
+    def check():
+        equal = bench.equal_tokens(prompts, limits)
+        return equal and bench.equal_gradients(prompts, responses)
+
+    return Row(
+        check=check,
         ours=lambda: bench.update(prompts, bench.sample(prompts, limits)),
-        plain=lambda: bench.plain_update(prompts, bench.plain_sample(prompts, limits), size["plain_rows"]),
-        exact=exact_tokens([(prompts, responses)], (prompts, responses)),
+        plain=lambda: bench.plain_update(prompts, bench.plain_sample(prompts, limits)),
     )
 
 
 def update(bench, size):
     """The update alone, on random responses."""
-    prompts = bench.prompts(size["prompts"], size["length"], size["group"])
-    responses = bench.prompts(len(prompts), size["new"], 1)
-    return SimpleNamespace(
-        check=lambda: bench.equal_gradients(prompts, responses, size["plain_rows"]),
+    prompts = bench.prompts(**size)
+    responses = bench.prompts(len(prompts), size["new"])
+    return Row(
+        check=lambda: bench.equal_gradients(prompts, responses),
         ours=lambda: bench.update(prompts, responses),
-        plain=lambda: bench.plain_update(prompts, responses, size["plain_rows"]),
-        exact=exact_tokens(trained=(prompts, responses)),
+        plain=lambda: bench.plain_update(prompts, responses),
     )
 
 
 def sampling(bench, size):
-    """The rollout alone. With one sample a prompt it is ragged: the limits 256 * x^1.63 use 38 % of the row-steps."""
-    prompts = bench.prompts(size["prompts"], size["length"], size["group"])
-    limits = [size["new"]] * len(prompts)
-    if size["group"] == 1:
-        limits = [max(1, round(size["new"] * ((7 * i % len(prompts) + 0.5) / len(prompts)) ** 1.63)) for i in range(len(prompts))]
-        limits[0] = size["new"]
-    return SimpleNamespace(
+    """The rollout alone."""
+    return _sampling(bench, bench.prompts(**size), [size["new"]] * size["group"] * size["prompts"])
+
+
+def ragged(bench, size):
+    """The rollout of one sample a prompt, with unequal limits that use 38 % of the row-steps."""
+    count, limits = size["prompts"], []
+    for i in range(count):
+        place = (7 * i % count + 1) / count  # 1 / count to 1, shuffled
+        limits.append(max(1, round(size["new"] * place**1.63)))
+    return _sampling(bench, bench.prompts(**size), limits)
+
+
+def _sampling(bench, prompts, limits):
+    return Row(
         check=lambda: bench.equal_tokens(prompts, limits),
         ours=lambda: bench.sample(prompts, limits),
         plain=lambda: bench.plain_sample(prompts, limits),
-        exact=exact_tokens([(prompts, [[0] * limit for limit in limits])]),
-        prefill=lambda: bench.sample(prompts, [1] * len(prompts)),
     )
 
 
 def chunk_first(bench, size):
-    """The end-to-end task: Readers through all chunks, and the update on their turns. Both orders run our way; `plain` is the
-    papers' order, memory first. Checked against the plain way on the turns that chunk first led to."""
-    rng, most = random.Random(0), size["memory"]
-    chunks = [[rng.randrange(256, bench.shape["vocab_size"]) for _ in range(size["chunk"])] for _ in range(size["chunks"])]
+    """The end-to-end task: Readers through all chunks, and the update on their turns. Both orders
+    run our way; `plain` is the papers' order, memory first. Checked against the plain way."""
+    import tiny
 
-    def step(order, train=True):
-        prompts = rollout.Prompts(tiny.tokenizer(), tiny.TEMPLATES, order)
-        readers = [rollout.Reader(prompts, prompts.encode(tiny.PROBLEM), chunks, most, most, (j,)) for j in range(size["group"])]
-        turns = list(zip(*(reader.turns for reader in rollout.rollout(readers, bench.sample))))
-        calls = [([turn.prompt_ids for turn in call], [turn.response_ids for turn in call]) for call in turns]
-        flat = [sum(part, []) for part in zip(*calls)]
-        if train:
-            bench.update(*flat)
-        return calls, flat
+    tokenizer, memory = tiny.tokenizer(), size["memory"]
+    chunks = bench.prompts(size["chunks"], size["chunk"])
 
-    calls, flat = step("chunk_first", train=False)
-    return SimpleNamespace(
-        check=lambda: bench.equal_tokens(calls[1][0], [most] * size["group"]) and bench.equal_gradients(*flat, size["plain_rows"]),
-        ours=lambda: step("chunk_first"),
-        plain=lambda: step("memory_first"),
-        exact=exact_tokens(calls, flat),
+    def read(order):
+        prompts = rollout.Prompts(tokenizer, order=order)
+        readers = []
+        for key in range(size["group"]):
+            reader = rollout.Reader(prompts, prompts.problem, chunks, memory, memory, (key,))
+            readers.append(reader)
+        rollout.rollout(readers, bench.sampler())
+        turns = [turn for reader in readers for turn in reader.turns]
+        return [turn.prompt_ids for turn in turns], [turn.response_ids for turn in turns]
+
+    def check():
+        prompts, responses = read("chunk_first")
+        equal = bench.equal_tokens(prompts, [memory] * len(prompts))
+        return equal and bench.equal_gradients(prompts, responses)
+
+    return Row(
+        check=check,
+        ours=lambda: bench.update(*read("chunk_first")),
+        plain=lambda: bench.update(*read("memory_first")),
     )
 
 
-ROWS = {"recall step": recall_step, "update": update, "rollout": sampling, "chunk first": chunk_first, "ragged": sampling}
+ROWS = {
+    "recall step": recall_step,
+    "update": update,
+    "rollout": sampling,
+    "chunk first": chunk_first,
+    "ragged": ragged,
+}
 
 
-# -------------------------------------------------------------------------------------------------------- measurements
+# ---------------------------------------------------------------------------------- measurements
 
 
 def seconds(run, device):
@@ -281,189 +319,216 @@ def seconds(run, device):
     return time.perf_counter() - start
 
 
-def peak_memory(options, model, name, side):
-    """Bytes that one run of a row's side adds to what is there before."""
-    bench = Bench(options, model)
-    row = ROWS[name](bench, SIZES[options.shape][name] | dict(prompts=1, length=8, chunk=8, new=2, memory=2))
-    getattr(row, side)()  # imports, thread pools and the like are loaded
-    row = ROWS[name](bench, SIZES[options.shape][name])
-    bench.policy.zero_grad()
-    bench.plain.zero_grad()
-    gc.collect()
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        getattr(row, side)()
-        return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    getattr(row, side)()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def in_fresh_process(function, *args):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def measure(options, model, name):
     """-> one line of the table."""
     size = SIZES[options.shape][name]
-    bench, result = Bench(options, model), {"shape": f"{name} {model}: " + ", ".join(f"{k} {v}" for k, v in size.items() if k != "plain_rows")}
+    bench = Bench(options, model)
     row = ROWS[name](bench, size)
-    result["equal"] = row.check()
+    equal = row.check()
+
+    # both ways in turns
     times, tokens = {"ours": [], "plain": []}, {}
-    for _ in range(REPEATS):
-        for side in times:
-            bench.tokens = dict.fromkeys(bench.tokens, 0)
-            times[side].append(seconds(getattr(row, side), options.device))
-            tokens[side] = sum(bench.tokens.values())
-    ours, plain = (statistics.median(times[side]) for side in ("ours", "plain"))
-    result |= {"ours_s": ours, "plain_s": plain, "ratio": plain / ours, "tokens": tokens["ours"], "plain_tokens": tokens["plain"],
-               "tokens_over_exact": tokens["ours"] / row.exact}  # fmt: skip
-    if options.device == "cuda":
-        result |= utilisation(options, bench, row, name, ours, tokens["ours"])
-    del bench, row
-    gc.collect()  # hooks hold the models in a cycle
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
+    for side in [*times] * REPEATS:
+        bench.tokens = 0
+        times[side].append(seconds(getattr(row, side), options.device))
+        tokens[side] = bench.tokens
+    ours, plain = [statistics.median(values) for values in times.values()]
+    result = {"shape": described(f"{name} {model}", size), "ours_s": ours, "plain_s": plain}
+    result |= {"ratio": plain / ours, "equal": equal}
+    result |= {"tokens": tokens["ours"], "plain_tokens": tokens["plain"]}
+
+    # memory, each side in a process of its own
     if name in MEMORY:
-        ours, plain = (in_fresh_process(peak_memory, options, model, name, side) for side in ("ours", "plain"))
-        result |= {"ours_bytes": ours, "plain_bytes": plain, "memory_ratio": ours / plain if plain else None}
+        command = [__file__, "--only", name, "--model", model, *common_flags(options)]
+        ours, plain = [run_worker([*command, "--worker", side]) for side in times]
+        result |= {"ours_bytes": ours, "plain_bytes": plain, "memory_ratio": ours / plain}
     return result
 
 
-def utilisation(options, bench, row, name, ours_s, tokens):
-    """Of a GPU: tokens/s; for the update its share of the peak FLOPs (6 per parameter and token, attention and recomputation
-    not counted); for the rollout the share of memory bandwidth in decoding (weights and the mean of the cache, each step)."""
-    parameters = sum(p.numel() for p in bench.policy.lm.parameters())
-    extra = {"tokens_per_s": tokens / ours_s}
-    if name == "update":
-        extra["mfu"] = 6 * parameters * tokens / ours_s / (options.peak_tflops * 1e12)
-    if name == "rollout":
-        size, shape = SIZES[options.shape][name], bench.shape
-        decode_s = ours_s - statistics.median(seconds(row.prefill, options.device) for _ in range(REPEATS))
-        width = 2 if options.dtype == "bf16" else 4
-        cache = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * width
-        step = parameters * width + size["prompts"] * (size["length"] + size["group"] * size["new"] / 2) * cache  # prefixes are read once
-        extra["bandwidth"] = step * (size["new"] - 1) / decode_s / (options.peak_gb_s * 1e9)
-    return extra
+def described(name, size):
+    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in size.items())
 
 
-def ranks_worker(options):
-    """One of the ranks under torchrun: the recall step of train.py's parts, prompts divided over ranks; rank 0 prints."""
-    import torch.distributed as dist
+def common_flags(options):
+    flags = []
+    for name in ("device", "dtype", "shape", "plain_logits"):
+        flags += [f"--{name}", getattr(options, name)]
+    return flags
 
-    device, cfg = train.start_ranks(), train.Config(tokens_per_forward=8192)
-    bench = Bench(options, "5M")
-    policy, vocabulary = train.shard(bench.policy, device).train(), bench.shape["vocab_size"]
-    rank, world, times = dist.get_rank(), dist.get_world_size(), []
-    prompts = bench.prompts(RANKS["prompts"], RANKS["length"], RANKS["group"])
-    mine = [i for i in range(len(prompts)) if i // RANKS["group"] % world == rank]
-    total = len(prompts) * RANKS["new"]
-    for _ in range(2):  # the first one warms up
-        dist.barrier()
-        start = time.perf_counter()
-        with torch.no_grad(), train.gathered(policy):
-            sampler = rollout.Sampler(policy.lm, [vocabulary], kv_tokens=2**20)
-            responses = sampler([prompts[i] for i in mine], [RANKS["new"]] * len(mine), [(i,) for i in mine])
-        sequences = [train.Sequence(prompts[i], response, (-1.0) ** i, 0) for i, response in zip(mine, responses)]
 
-        def loss(row, logps):
-            advantages = torch.tensor([s.advantage for i in row for s in [sequences[i]] for _ in s.response])
-            return grpo.policy_loss(logps, logps.detach(), advantages, torch.full_like(logps, 1 / total))[0]
+def run_worker(command, **environment):
+    """Another Python with this command; what it printed last."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
-        with train.gathered(policy):
-            train.forward_rows(cfg, policy, sequences, loss)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9)
-        policy.zero_grad()
-        dist.barrier()
-        times.append(time.perf_counter() - start)
-    if rank == 0:
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        print(json.dumps({"s": times[-1], "norm": norm}))
-    dist.destroy_process_group()
+
+def memory_worker(options):
+    """Prints the bytes that one run of a row's side adds to what is there before."""
+    bench, size = Bench(options, options.model), SIZES[options.shape][options.only]
+    warm_up = ROWS[options.only](bench, size | dict(prompts=1, length=8, new=2))
+    getattr(warm_up, options.worker)()  # imports, thread pools and the like are loaded
+    bench.policy.zero_grad()
+    bench.plain.zero_grad()
+    row = ROWS[options.only](bench, size)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_memory(options.device)
+    getattr(row, options.worker)()
+    print(peak_memory(options.device) - before)
+
+
+def peak_memory(device):
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak, too
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+# ------------------------------------------------------------------------------------- two ranks
 
 
 def two_ranks(options):
-    """Two gloo ranks against one, of the same threads each: `plain` is one rank. Equal: the norm of the gradient."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    results, alone = {2: [], 1: []}, os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """The recall step on two gloo ranks against one, of one thread each: `plain` is one rank.
+    Equal: the norm of the gradient."""
+    results = {2: [], 1: []}
     for world in [2, 1] * REPEATS:
-        done = subprocess.run([*command, str(world), __file__, "--worker"], capture_output=True, text=True, check=True, env=alone)
-        results[world].append(json.loads(done.stdout.splitlines()[-1]))
-    ours, plain = (statistics.median(result["s"] for result in results[world]) for world in (2, 1))
-    equal = abs(results[2][0]["norm"] / results[1][0]["norm"] - 1) < 1e-5
-    return {"shape": "two ranks 5M: " + ", ".join(f"{k} {v}" for k, v in RANKS.items()), "ours_s": ours, "plain_s": plain,
-            "ratio": plain / ours, "equal": equal}  # fmt: skip
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        command = [*torchrun, __file__, "--worker", "rank"]
+        result = run_worker(command, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        results[world].append(result)
+    ours, plain = [statistics.median(s for s, _ in values) for values in results.values()]
+    norms = [norm for values in results.values() for _, norm in values]
+    equal = max(norms) / min(norms) - 1 < 1e-5
+    result = {"shape": described("two ranks 5M", RANKS), "ours_s": ours, "plain_s": plain}
+    return result | {"ratio": plain / ours, "equal": equal}
 
 
-def passages(count, rng):
-    """Synthetic articles of one passage each: 160 words, every ninth a name out of 5,000."""
-    syllables = [a + b for a in "bdfgklmnprstv" for b in "aeiou"]
-    names = ["".join(rng.choices(syllables, k=3)).capitalize() for _ in range(5000)]
-    words = ["".join(rng.choices(syllables, k=2)) for _ in range(3000)]
-    for i in range(count):
-        text = [rng.choice(names) if n % 9 == 4 else rng.choice(words) + "." * (n % 16 == 15) for n in range(160)]
-        yield {"id": str(i), "title": f"t{i}", "text": " ".join(text)}
+def rank_worker(options):
+    """One of the ranks: prompts divided over ranks, sampled, trained; rank 0 prints its seconds
+    and the norm of the gradient."""
+    import torch.distributed as dist
+
+    import distributed
+
+    device, bench = distributed.start_ranks(), Bench(options, "5M")
+    bench.policy = distributed.shard(bench.policy, device)
+    world, group = distributed.world_size(), RANKS["group"]
+    prompts = []
+    for i, prompt in enumerate(bench.prompts(**RANKS)):
+        if i // group % world == distributed.rank():
+            prompts.append(prompt)
+
+    def step():
+        dist.barrier()
+        with torch.no_grad(), distributed.gathered(bench.policy):
+            responses = bench.sample(prompts, [RANKS["new"]] * len(prompts))
+        with distributed.gathered(bench.policy):
+            bench.update(prompts, responses, world)
+        dist.barrier()
+
+    step()  # warms up
+    taken = seconds(step, "cpu")
+
+    # the norm of the gradient for responses that do not depend on who samples them
+    with distributed.gathered(bench.policy):
+        bench.update(prompts, [prompt[: RANKS["new"]] for prompt in prompts], world)
+    norm = torch.nn.utils.clip_grad_norm_(bench.policy.parameters(), 1e9)
+    norm = float(norm.full_tensor() if world > 1 else norm)
+    if distributed.rank() == 0:
+        print(json.dumps([taken, norm]))
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- documents
 
 
 def data_rate(options):
-    """256 documents out of 4,000 synthetic passages, entities by rules, one process; `ours_s` is one document's time. What the
-    corpus costs once (reading, entities, index) stands beside it, per 1,000 passages."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+    """256 documents out of 4,000 synthetic passages, entities by rules, in one process; `ours_s`
+    is one document's time."""
+    import data
+
+    rng = random.Random(0)
+    names = [f"{a}{b}{c}" for a in ("Ba", "Do", "Ke") for b in "aeiou" * 9 for c in "lmnrst" * 6]
+    words = ["river", "of", "stone", "kept", "under", "the", "old", "market.", "seven", "roads"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         corpus = Path(folder, "corpus.jsonl")
-        corpus.write_text("".join(json.dumps(row) + "\n" for row in passages(4000, random.Random(0))))
-        build = ["build", "--corpus", str(corpus), "--out", f"{folder}/documents", "--documents", "256", "--heldout", "0"]
-        data.main([*build, "--ner", "rules", "--processes", "1"])
-    once, rate = map(float, re.search(r"(\S+) s to read, tag and index, (\S+) documents/s", said.getvalue()).groups())
-    return {"shape": "data: documents of 150 passages x 160 words", "ours_s": 1 / rate, "documents_per_s": rate,
-            "once_s_per_1000_passages": once / 4, "hours_for_30000_documents": 30000 / rate / 3600}  # fmt: skip
+        with corpus.open("w") as file:
+            for i in range(4000):
+                text = " ".join(rng.choices(words, k=8) + rng.choices(names) for _ in range(18))
+                file.write(json.dumps({"id": str(i), "title": f"t{i}", "text": text}) + "\n")
+        command = ["build", "--corpus", str(corpus), "--out", f"{folder}/documents"]
+        command += ["--documents", "256", "--heldout", "0", "--ner", "rules", "--processes", "1"]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            data.main(command)
+    rate = float(re.search(r"(\S+) documents/s", said.getvalue())[1])
+    return {"shape": "data: documents of 150 passages x 160 words", "ours_s": 1 / rate}
 
 
 EXTRA = {"two ranks": two_ranks, "data": data_rate}
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------ main
 
-COLUMNS = {"ours_s": ".2f", "plain_s": ".2f", "ratio": ".2f", "memory_ratio": ".2f", "tokens": "d", "tokens_over_exact": ".2f", "equal": ""}
-MORE = ("tokens_per_s", "mfu", "bandwidth", "documents_per_s", "once_s_per_1000_passages", "hours_for_30000_documents")
-
-
-def line(shape, cells, more=""):
-    return f"{shape:<62}" + "".join(f"{cell:>{max(len(name), 7) + 2}}" for name, cell in zip(COLUMNS, cells)) + more
+NOTHING = {"plain_s": None, "ratio": None, "memory_ratio": None, "equal": None}
+COLUMNS = ("ours_s", "plain_s", "ratio", "memory_ratio", "tokens", "plain_tokens", "equal")
 
 
-def result_line(result):
-    values = {name: result.get(name) for name in COLUMNS}
-    cells = ["-" if value is None else str(value) if name == "equal" else format(value, COLUMNS[name]) for name, value in values.items()]
-    return line(result["shape"], cells, "".join(f"  {name} {result[name]:.3g}" for name in MORE if name in result))
+def table_line(shape, values):
+    cells = []
+    for name, value in zip(COLUMNS, values):
+        text = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+        cells.append(f"{text:>{max(len(name), 7) + 2}}")
+    return f"{shape:<62}" + "".join(cells)
+
+
+def parse():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=style, allow_abbrev=False
+    )
+    shapes = "small: 5M parameters; paper: Qwen3 of 0.6B, 1.7B, 4B (not run yet)"
+    parser.add_argument("--only", choices=[*ROWS, *EXTRA], help="one row")
+    parser.add_argument("--json", help="file for the results, a list of objects")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--shape", choices=[*SIZES], default="small", help=shapes)
+    logits = "positions whose logits the plain update computes"
+    parser.add_argument("--plain_logits", choices=["full", "responses"], default="full", help=logits)
+    # how this file starts itself
+    parser.add_argument("--worker", choices=["ours", "plain", "rank"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--only", choices=[*ROWS, *EXTRA], help="one row")
-    parser.add_argument("--json", help="file for the results, a list of objects")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    shapes = "small: 5M parameters; paper: Qwen3 of 0.6B, 1.7B, 4B (written where no GPU was at hand, and not run yet)"
-    parser.add_argument("--shape", choices=tuple(SIZES), default="small", help=shapes)
-    parser.add_argument("--plain_logits", choices=("full", "responses"), default="full", help="positions whose logits the plain update computes")
-    parser.add_argument("--peak_tflops", type=float, default=989, help="dense bf16 peak of the GPU (default: H100)")
-    parser.add_argument("--peak_gb_s", type=float, default=3350, help="memory bandwidth of the GPU (default: H100)")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a rank of the row "two ranks"
-    options = parser.parse_args()
+    options = parse()
+    torch.set_num_threads(1)
     if options.worker:
-        return ranks_worker(options)
-    multiprocessing.forkserver.ensure_running()  # now, while this process is small: children inherit its high-water mark
-    rows = [(model, name) for model in MODELS[options.shape] for name in ROWS if options.only in (None, name)]
-    jobs = [lambda row=row: measure(options, *row) for row in rows]
+        worker = rank_worker if options.worker == "rank" else memory_worker
+        return worker(options)
+
+    # the rows that are wanted
+    jobs = []
+    for model in MODELS[options.shape]:
+        jobs += [(name, measure, options, model, name) for name in ROWS]
     if options.device == "cpu":
-        jobs += [lambda name=name: EXTRA[name](options) for name in EXTRA if options.only in (None, name)]
-    print(line("shape", COLUMNS))
+        jobs += [(name, run, options) for name, run in EXTRA.items()]
+
+    # one after the other
+    print(table_line("shape", COLUMNS))
     results = []
-    for job in jobs:
-        results.append({"plain_s": None, "ratio": None, "memory_ratio": None, "equal": None} | job())
-        print(result_line(results[-1]), flush=True)
+    for name, run, *args in jobs:
+        if options.only not in (None, name):
+            continue
+        result = NOTHING | run(*args)
+        results.append(result)
+        print(table_line(result["shape"], map(result.get, COLUMNS)), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
     sys.exit(any(result["equal"] is False for result in results))

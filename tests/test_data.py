@@ -1,4 +1,4 @@
-"""data.py against slow plain truths: masks, spans, chunks, recalls, every file format, long documents, retrieval, errors."""
+"""data.py against slow plain truths: masks, spans, documents, chunks, recalls, formats, retrieval, errors."""
 
 import collections
 import doctest
@@ -38,9 +38,14 @@ def world(articles=60, seed=0):
     rng = random.Random(seed)
     towns = [a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")]
     for number in range(articles):
-        name = f"{rng.choice(['Ada', 'Ben', 'Cy', 'Dora'])} {rng.choice(['Stone', 'Rivers', 'Hill', 'Marsh'])}{chr(97 + number % 26)}"
+        first, last = rng.choice(["Ada", "Ben", "Cy", "Dora"]), rng.choice(["Stone", "Rivers", "Hill", "Marsh"])
+        name = f"{first} {last}{chr(97 + number % 26)}"
         town, other, year = rng.choice(towns), rng.choice(towns), rng.randint(1700, 1999)
-        yield {"id": str(number), "title": name, "text": f"In {year} the painter {name} came to {town} by ship. Later she left {town} for {other}."}
+        yield {
+            "id": str(number),
+            "title": name,
+            "text": f"In {year} the painter {name} came to {town} by ship. Later she left {town} for {other}.",
+        }
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,9 @@ def run(*arguments):
 
 
 def build(corpus, out, documents, *more):
-    assert not run("build", "--corpus", corpus, "--out", out, "--documents", documents, "--ner", "rules", "--related", 4,
-                   "--random", 6, "--processes", 1, *more)  # fmt: skip
+    sizes = ["--related", 4, "--random", 6, "--processes", 1]
+    required = ["--corpus", corpus, "--out", out, "--documents", documents]
+    assert not run("build", *required, "--ner", "rules", *sizes, *more)
     return [list(data.load_documents(out, split)) for split in ("train", "heldout")]
 
 
@@ -71,9 +77,13 @@ def byte_level(pattern=None):
 
     core = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    core.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
+    )
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     core.train_from_iterator([row["text"] for row in world()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
@@ -83,23 +93,12 @@ def tokenizer():
     return byte_level()
 
 
-def sentencepiece_like():
-    """A tokenizer that puts a blank before every text, as Llama 2 does: it can't be run on pieces."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="always", split=False), decoders.Metaspace()
-    core.train_from_iterator([row["text"] for row in world()], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-
-
 def test_the_examples_in_the_docstrings_hold():
     result = doctest.testmod(data)
     assert result.attempted > 8 and not result.failed
 
 
-# ----------------------------------------------------------------------------------------------------- masks and spans
+# ---- masks and spans -----------------------------------------------------------------------------
 
 
 def slow_pattern(entity):
@@ -138,26 +137,51 @@ def test_only_whole_words_are_masked_in_any_script(text, entity, masked):
 
 
 def test_one_name_in_two_unicode_spellings_is_one_name(tmp_path):
-    path = write_jsonl(tmp_path / "c.jsonl", [{"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"}])
+    path = write_jsonl(
+        tmp_path / "c.jsonl",
+        [{"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"}],
+    )
     assert data.read_corpus(path)[0] == ["Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"]
 
 
 def test_unfair_answers_are_left_out():
-    text = "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; The WHO and X agree. Rome fell in Rome."
-    names = ["According", "Ann", "One", "the", "1,200", "Music", "WHO", "X", "Rome", "MASK", "[TARGET]", "7", "twenty-one", "a\nb", ""]
+    text = (
+        "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; The WHO and X agree. "
+        "Rome fell in Rome."
+    )
+    names = [
+        "According",
+        "Ann",
+        "One",
+        "the",
+        "1,200",
+        "Music",
+        "WHO",
+        "X",
+        "Rome",
+        "MASK",
+        "[TARGET]",
+        "7",
+        "twenty-one",
+        "a\nb",
+        "",
+    ]
     assert [name for name in names if data.fair(name, text)] == ["Ann", "1,200", "WHO", "Rome"]
 
 
 def test_the_rules_find_dates_numbers_names_and_works():
     text = (
-        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in Bloemfontein. Although France paid "
-        '$5 million, he sold 1,500 copies of "The Hobbit" in World War I. The Germans of the University of Leeds walked 12.5 km in the '
+        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in Bloemfontein. Although "
+        'France paid $5 million, he sold 1,500 copies of "The Hobbit" in World War I. The Germans of the University '
+        "of Leeds walked 12.5 km in the "
         "19th century with Seán O'Brien of the U.S. army. Afterwards nothing happened to Tolkien's Łódź."
     )
     (spans,) = data.find_entities([text], "rules")
     names = [text[a:b] for a, b in spans]
-    for name in ["J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500", "Hobbit", "World War I", "12.5 km",
-                 "19th century", "Seán O'Brien", "U.S.", "Tolkien", "Łódź", "University of Leeds"]:  # fmt: skip
+    for name in [
+        "J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500", "Hobbit", "World War I",
+        "12.5 km", "19th century", "Seán O'Brien", "U.S.", "Tolkien", "Łódź", "University of Leeds",
+    ]:  # fmt: skip
         assert name in names or any(name in longer for longer in names), name
     assert not {"Although", "Afterwards", "The", "Although France", "Tolkien's"} & set(names)
 
@@ -167,14 +191,16 @@ def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and
 
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns([{"label": "GPE", "pattern": name} for name in ("the United States", "Peru's", "three", "today")])
+    ruler.add_patterns(
+        [{"label": "GPE", "pattern": name} for name in ("the United States", "Peru's", "three", "today")]
+    )
     nlp.to_disk(tmp_path / "trained")
     texts = ["She left the United States for Peru's coast in three days."] * 3000
     for spans in data.find_entities(texts, str(tmp_path / "trained"), processes=2):
         assert [texts[0][a:b] for a, b in spans] == ["United States", "Peru"]
 
 
-# ------------------------------------------------------------------------------------------------------------ documents
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, built):
@@ -191,7 +217,12 @@ def test_entity_spans_point_at_the_same_names_that_the_passages_have(corpus, bui
     for document in built[0]:
         found = [document["text"][a:b] for a, b in document["entities"]]
         restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
-        wanted = [name for passage in restored for name in names[passage] if not slow_pattern(document["answer"]).search(name)]
+        wanted = [
+            name
+            for passage in restored
+            for name in names[passage]
+            if not slow_pattern(document["answer"]).search(name)
+        ]
         assert found == wanted and document["entities"] == sorted(document["entities"])
 
 
@@ -202,12 +233,45 @@ def test_a_document_depends_on_seed_and_number_not_on_how_many_are_built(corpus,
     assert all(a["text"] != b["text"] for a, b in zip(few, other))
 
 
-def test_no_article_is_pivot_on_both_sides(corpus, tmp_path, monkeypatch):
-    pivots = collections.defaultdict(set)
-    plain = data.draw_documents
-    monkeypatch.setattr(data, "draw_documents", lambda *a: pivots[a[5]].update(a[2]) or plain(*a))
-    build(corpus, tmp_path / "docs", 5, "--heldout", 2)
-    assert pivots["train"] and pivots["heldout"] and not pivots["train"] & pivots["heldout"]
+LETTERS_OF = [a + b for a in "bcdfg" for b in "aeiou"]  # of 25 articles
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory):
+    """Documents whose answer tells the article and the passage it is from: no name stands in two passages."""
+    rows = []
+    for article in LETTERS_OF:
+        for passage in "klmnprst":
+            names = f"Z{article}{passage}a", f"Z{article}{passage}o"
+            text = f"once upon a time the painter {names[0]} came with a friend called {names[1]} to the town."
+            rows.append({"title": f"about {article}", "text": text})
+    folder = tmp_path_factory.mktemp("telling")
+    return build(write_jsonl(folder / "c.jsonl", rows), folder / "docs", 400, "--heldout", 100)
+
+
+def test_no_article_gives_pivots_to_both_sides(telling):
+    train, heldout = [{document["answer"][1:3] for document in part} for part in telling]
+    assert heldout and not train & heldout and train | heldout == set(LETTERS_OF)
+
+
+def test_the_pivot_lies_anywhere_in_its_document_equally_often(telling):
+    places = collections.Counter()
+    for document in telling[0] + telling[1]:
+        (place,) = [i for i, passage in enumerate(document["text"].split("\n\n")) if MASK in passage]
+        places[place] += 1
+    expected = 500 / 11
+    assert all(abs(places[place] - expected) < 4 * expected**0.5 for place in range(11)), places
+
+
+def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path):
+    rows = []
+    for i in range(60):  # two passages of every rare word
+        rows.append({"text": f"they say that the man {chr(65 + i % 26)}elt{chr(97 + i % 20)} saw a whatsit{i % 30}."})
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    for document in build(path, tmp_path / "docs", 20, "--related", 1)[0]:
+        passages = document["text"].split("\n\n")
+        (pivot, *_) = [passage for passage in passages if MASK in passage]
+        assert sum(pivot.split()[-1] in passage for passage in passages) == 2
 
 
 def test_min_passages_wants_the_answer_in_as_many_passages(corpus, tmp_path):
@@ -216,15 +280,55 @@ def test_min_passages_wants_the_answer_in_as_many_passages(corpus, tmp_path):
 
 
 def test_pivots_without_an_entity_are_replaced(tmp_path):
-    dull = [{"title": "", "text": f"nothing to see here {word}."} for word in ("again", "ever", "today", "soon", "now")]
+    dull = [
+        {"title": "", "text": f"nothing to see here {word}."} for word in ("again", "ever", "today", "soon", "now")
+    ]
     documents, _ = build(write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 6, *dull]), tmp_path / "docs", 20)
     assert len(documents) == 20
 
 
-def test_related_passages_are_the_ones_that_share_rare_words():
-    texts = [f"filler {word} words" for word in "red green blue black white".split()] + ["zebra stripes filler", "zebra hooves filler"]
-    assert data.related_to(texts, None, 3)([5])[0][0] == 6
-    assert data.related_to(["zebra", "lion", "bear"], None, 2)([0]) == [[]]  # a score of zero is no relation
+def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
+    texts = [f"filler {word} words" for word in "red green blue black white".split()]
+    texts += ["zebra stripes filler", "zebra hooves filler"]
+    (hits,) = data.open_search(texts)([texts[5]], 3)
+    assert [row for row, _ in hits][:2] == [5, 6]
+    (hits,) = data.open_search(["zebra", "lion", "bear"])(["zebra"], 3)
+    assert [row for row, _ in hits] == [0]
+
+
+def test_a_document_may_bring_its_question_and_parts_may_come_from_iterators(tmp_path, capsys):
+    own = {"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]], "question": "Who walked?"}
+    fixed = {"id": "b", "text": "Ann ran.", "answer": "Bob", "entities": []}
+    data.save_documents(tmp_path / "docs", {"train": iter([own, fixed]), "heldout": iter([])})
+    assert list(data.load_documents(tmp_path / "docs", "train")) == [own, {**fixed, "question": None}]
+    assert len(data.load_documents(tmp_path / "docs", "heldout")) == 0
+    assert not run("show", tmp_path / "docs") and "Who walked?" in capsys.readouterr().out
+    assert not run("show", tmp_path / "docs", "--document", 1) and "question" not in capsys.readouterr().out
+
+
+def test_built_documents_leave_the_question_to_the_paper(built):
+    assert all(document["question"] is None for document in built[0] + built[1])
+
+
+def test_folders_of_before_there_were_questions_can_be_read(tmp_path):
+    import datasets
+
+    rows = [{"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]]}]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "docs")
+    assert list(data.load_documents(tmp_path / "docs", "train")) == rows and not run("show", tmp_path / "docs")
+
+
+def test_documents_that_break_off_leave_nothing_and_a_folder_that_is_there_is_not_touched(tmp_path):
+    def broken():
+        yield {"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": []}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        data.save_documents(tmp_path / "docs", {"train": broken()})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "docs").mkdir()
+    with pytest.raises(DataError, match="is there already"):
+        data.save_documents(tmp_path / "docs", {"train": []})
 
 
 def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
@@ -232,12 +336,22 @@ def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
     assert data.read_corpus(write_jsonl(tmp_path / "c.jsonl", rows))[0] == ["good", "fine"]
 
 
-@given(st.lists(st.sampled_from(["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]), max_size=60), st.integers(3, 20))
+@given(
+    st.lists(
+        st.sampled_from(["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]),
+        max_size=60,
+    ),
+    st.integers(3, 20),
+)
 def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentences, words):
     text = data.tidy(" ".join(sentences))
     pieces = data.cut(text, words)
     assert " ".join(pieces).split() == text.split()
-    assert len(text.split()) <= 2 * words and pieces == [text] or all(words / 2 - 10 <= len(piece.split()) for piece in pieces)
+    assert (
+        len(text.split()) <= 2 * words
+        and pieces == [text]
+        or all(words / 2 - 10 <= len(piece.split()) for piece in pieces)
+    )
 
 
 def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
@@ -247,14 +361,16 @@ def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
     assert data.cut(article[:1000], 160) == [article[:1000]]
 
 
-# -------------------------------------------------------------------------------------------------- chunks and recalls
+# ---- chunks and recalls --------------------------------------------------------------------------
 
 
 def chunkable():
     return "\n".join(row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in enumerate(world(40)))
 
 
-@pytest.mark.parametrize("pattern", [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"])
+@pytest.mark.parametrize(
+    "pattern", [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]
+)
 @pytest.mark.parametrize("size", [1, 7, 64, 100_000])
 def test_chunks_are_the_tokens_of_one_call_and_the_characters_of_the_text(size, pattern):
     tokenizer, text = byte_level(pattern), chunkable()
@@ -268,19 +384,6 @@ def test_offsets_name_the_characters_of_the_ids(tokenizer):
     text = "\n".join(row["text"] for row in world(10))
     for chunk in data.chunks(text, tokenizer, 16):
         assert tokenizer.decode(chunk.ids) == text[chunk.start : chunk.end]
-
-
-def test_a_long_text_tokenised_in_pieces_gives_the_same_chunks(tokenizer, monkeypatch):
-    text, plain = chunkable(), data._safe_pieces
-    monkeypatch.setattr(data, "_safe_pieces", lambda text, tokenizer: [(0, text)])
-    whole = data.chunks(text, tokenizer, 50)
-    monkeypatch.setattr(data, "_safe_pieces", lambda text, tokenizer: plain(text, tokenizer, 300))
-    assert len(plain(text, tokenizer, 300)) > 5 and data.chunks(text, tokenizer, 50) == whole
-
-
-def test_a_tokenizer_that_can_not_be_cut_gets_the_text_whole():
-    text = chunkable()
-    assert data._safe_pieces(text, sentencepiece_like(), 300) == [(0, text)]
 
 
 def test_an_empty_text_is_one_empty_chunk(tokenizer):
@@ -347,12 +450,16 @@ def test_show_prints_chunks_masks_and_the_answer(corpus, tmp_path, tokenizer, ca
     printed = capsys.readouterr().out
     assert f"is {document['answer']!r}" in printed and printed.count(MASK) == document["text"].count(MASK) + 1
     assert "chunk 2 of" in printed and "100 tokens" in printed and TARGET in printed
-    assert not run("show", tmp_path / "docs") and MASK in capsys.readouterr().out
+    assert not run("show", tmp_path / "docs") and document["text"] in capsys.readouterr().out
+    assert run("show", tmp_path / "docs", "--document", 1) == 2 and "train has 1 documents" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------- file formats
+# ---- file formats --------------------------------------------------------------------------------
 
-PASSAGES = [{"id": "1", "title": "Rome", "text": "A city in Italy."}, {"id": "2", "title": "Nile", "text": "A river in Egypt."}]
+PASSAGES = [
+    {"id": "1", "title": "Rome", "text": "A city in Italy."},
+    {"id": "2", "title": "Nile", "text": "A river in Egypt."},
+]
 
 
 def as_parquet(path, rows):
@@ -371,21 +478,30 @@ def test_a_corpus_may_come_in_any_form(kind, tmp_path):
     elif kind == "parquet":
         path = as_parquet(tmp_path / "c.parquet", PASSAGES)
     elif kind == "wiki-18":
-        path = write_jsonl(tmp_path / "c.jsonl", [{"id": row["id"], "contents": f'"{row["title"]}"\n{row["text"]}'} for row in PASSAGES])
+        path = write_jsonl(
+            tmp_path / "c.jsonl",
+            [{"id": row["id"], "contents": f'"{row["title"]}"\n{row["text"]}'} for row in PASSAGES],
+        )
     elif kind == "folder":
         write_jsonl(tmp_path / "part.jsonl", PASSAGES)
         path = str(tmp_path)
     else:
         path = write_jsonl(tmp_path / f"c.{kind}", PASSAGES)
     assert [data.passage(*row) for row in data.read_rows(path)] == PASSAGES
-    assert sorted(data.read_corpus(path, limit=5)[0]) == ["Nile\nA river in Egypt.", "Rome\nA city in Italy."]  # streamed
+    assert sorted(data.read_corpus(path, limit=5)[0]) == [
+        "Nile\nA river in Egypt.",
+        "Rome\nA city in Italy.",
+    ]  # streamed
 
 
 def test_plain_text_loses_its_hard_line_breaks_and_keeps_its_paragraphs(tmp_path):
     (tmp_path / "c.txt").write_text("He saw New\nYork.\n\nThen\nhe left.\n")
     assert data.read_corpus(str(tmp_path / "c.txt"))[0] == ["He saw New York.\nThen he left."]
     (tmp_path / "long.txt").write_text("One word more here.\n\n" * 3000)
-    assert sum(len(text.split()) for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))]) == 12000
+    assert (
+        sum(len(text.split()) for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))])
+        == 12000
+    )
 
 
 def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
@@ -393,7 +509,9 @@ def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES)
+    )
     assert len(list(data.read_rows("wikimedia/wikipedia:20231101.en"))) == 2
     assert len(list(data.read_rows("RUC-NLPIR/FlashRAG_datasets:nq:dev"))) == 2
     assert asked == [(("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": False}),
@@ -405,20 +523,25 @@ def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
 
 
 MEMAGENT = {
-    "data_source": "hotpotqa", "prompt": [{"role": "user", "content": "Who?"}], "context": "Document 1:\nA\nb", "ability": "memory",
-    "reward_model": {"style": "rule", "ground_truth": ["Ann", "Anna"]}, "extra_info": {"index": 4, "question": "Who?", "num_docs": 1},
-    "scores": [{"model": {"em": [0.5]}}],
+    "data_source": "hotpotqa", "prompt": [{"role": "user", "content": "Who?"}], "context": "Document 1:\nA\nb",
+    "ability": "memory", "reward_model": {"style": "rule", "ground_truth": ["Ann", "Anna"]},
+    "extra_info": {"index": 4, "question": "Who?", "num_docs": 1}, "scores": [{"model": {"em": [0.5]}}],
 }  # fmt: skip
 WANTED = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": "Document 1:\nA\nb"}
 
 
+IN_THE_EVALUATION = {"context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "index": 4}
+PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
+
+
 @pytest.mark.parametrize("kind, row", [
     ("parquet", MEMAGENT),
-    ("json", {"context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "num_docs": 1, "index": 4}),
-    ("json", {"context": WANTED["context"], "input": "Who?", "answers": "['Ann', 'Anna']", "num_docs": "1", "index": "4"}),
-    ("jsonl.gz", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": [["A", "b"]]}),
-    ("jsonl", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": [["A", ["b"]]]}),
-    ("jsonl", {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": {"title": ["A"], "sentences": [["b"]]}}),
+    ("jsonl", {**MEMAGENT, "extra_info": {"index": 4}}),  # the question stands in the prompt alone
+    ("json", IN_THE_EVALUATION),
+    ("json", {**IN_THE_EVALUATION, "answers": "['Ann', 'Anna']", "index": "4"}),
+    ("jsonl.gz", {**PLAIN, "context": [["A", "b"]]}),
+    ("jsonl", {**PLAIN, "context": [["A", ["b"]]]}),
+    ("jsonl", {**PLAIN, "context": {"title": ["A"], "sentences": [["b"]]}}),
     ("parquet", {"id": "4", "question": "Who?", "golden_answers": ["Ann", "Anna"]}),
     ("jsonl", {"id": "4", "question": "Who? ", "golden_answers": ["Ann", "Anna"], "metadata": {}}),
 ])  # fmt: skip
@@ -431,26 +554,41 @@ def test_questions_may_come_in_any_form(kind, row, tmp_path):
     else:
         write_jsonl(path, [row])
     (found,) = data.load_questions(str(path))
-    wanted = {**WANTED, "source": row.get("data_source", ""), "context": WANTED["context"] if "context" in row else ""}
+    wanted = {
+        **WANTED,
+        "source": row.get("data_source", ""),
+        "context": WANTED["context"] if "context" in row else "",
+    }
     assert found == wanted
 
 
-def test_a_large_parquet_file_is_memory_mapped_and_reads_alike(tmp_path, monkeypatch):
-    path = as_parquet(tmp_path / "q.parquet", [MEMAGENT] * 3)
-    plain = data.load_questions(path)
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    assert list(data.load_questions(path)) == plain
-
-
-@pytest.mark.parametrize("answer, golds", [("['x', \"y's\"]", ["x", "y's"]), ("[sic]", ["[sic]"]), ("x", ["x"]), (["['x']"], ["['x']"]), (1992, ["1992"])])
+@pytest.mark.parametrize(
+    "answer, golds",
+    [
+        ("['x', \"y's\"]", ["x", "y's"]),
+        ("[sic]", ["[sic]"]),
+        ("x", ["x"]),
+        (["['x']"], ["['x']"]),
+        (1992, ["1992"]),
+    ],
+)
 def test_answers_that_went_through_str_are_read_back(answer, golds):
     assert data.question_row("f:1", {"question": "Who?", "answers": answer})["answers"] == golds
 
 
+def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for_an_answer():
+    row = {"question": "Who?; Where?", "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}}}
+    with pytest.raises(DataError, match="f:1: a question needs"):
+        data.question_row("f:1", row)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_questions_are_paired_within_their_source_in_order(count):
-    rows = [{"id": f"{source}{n}", "source": source, "question": f"{source}{n}?", "answers": [n], "context": ""} for n in range(7) for source in "ab"]
+    rows = [
+        {"id": f"{source}{n}", "source": source, "question": f"{source}{n}?", "answers": [n], "context": ""}
+        for n in range(7)
+        for source in "ab"
+    ]
     joined = data.pair_questions(rows, count)
     assert len(joined) == 2 * (7 // count)
     for number, row in enumerate(joined[: 7 // count]):
@@ -458,17 +596,19 @@ def test_questions_are_paired_within_their_source_in_order(count):
         assert row["question"] == "; ".join(f"a{n}?" for n in members) and row["answers"] == [[n] for n in members]
 
 
-# ------------------------------------------------------------------------------------------------------ long documents
+# ---- long documents ------------------------------------------------------------------------------
 
 
 def hotpot(questions=20, paragraphs=5):
     for number in range(questions):
-        context = [[f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)] + [["Shared", f"Of {number}."]]
+        context = [[f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)] + [
+            ["Shared", f"Of {number}."]
+        ]
         yield {"id": f"q{number}", "question": f"Q{number}?", "answers": [f"a{number}"], "context": context,
                "supporting_facts": [[f"Title {number}.3", 0], ["Shared", 0]]}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.json"])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
 def test_long_documents_keep_their_paragraphs_and_share_no_title(name, tmp_path):
     source = write_jsonl(tmp_path / "q.jsonl", hotpot())
     assert not run("longqa", "--questions", source, "--documents", 40, "--out", tmp_path / name)
@@ -484,38 +624,43 @@ def test_long_documents_keep_their_paragraphs_and_share_no_title(name, tmp_path)
     assert len(places) == 20  # a seed per question: the own paragraphs stand somewhere else each time
 
 
-def test_few_documents_keep_the_gold_paragraphs(tmp_path):
-    run("longqa", "--questions", write_jsonl(tmp_path / "q.jsonl", hotpot()), "--documents", 2, "--out", tmp_path / "out.jsonl")
-    for number, question in enumerate(data.load_questions(str(tmp_path / "out.jsonl"))):
-        assert f"Text {number}.3." in question["context"] and f"Of {number}." in question["context"]
+def test_documents_without_room_for_a_questions_own_paragraphs_are_refused(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "q.jsonl", hotpot())
+    assert run("longqa", "--questions", source, "--documents", 4, "--out", tmp_path / "out.jsonl") == 2
+    assert "q.jsonl:1: 5 paragraphs of its own" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
 
 
 def test_long_documents_are_a_function_of_the_seed(tmp_path):
-    source = write_jsonl(tmp_path / "q.jsonl", [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}])
+    source = write_jsonl(
+        tmp_path / "q.jsonl", [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}]
+    )
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run("longqa", "--questions", source, "--documents", 30, "--out", tmp_path / name / "out.jsonl", "--seed", seed)
+        run(
+            "longqa",
+            "--questions",
+            source,
+            "--documents",
+            30,
+            "--out",
+            tmp_path / name / "out.jsonl",
+            "--seed",
+            seed,
+        )
     a, b, c = [(tmp_path / name / "out.jsonl").read_text() for name in "abc"]
     assert a == b != c and len(a.splitlines()) == 20
 
 
-# ----------------------------------------------------------------------------------------------------------- retrieval
+# ---- retrieval -----------------------------------------------------------------------------------
 
 
 def test_bm25_finds_the_passage_and_leaves_out_what_shares_no_word(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "3", "title": "Oslo", "text": "A city in Norway."}])
-    for _ in range(2):  # the second time from the index on disk
-        search = data.open_retriever(path, cache=tmp_path / "cache")
-        (norway, nothing, both) = search(["where is norway", "zebra ?", "city"], 5)
-        assert [hit["id"] for hit in norway] == ["3"] and nothing == [] and {hit["id"] for hit in both} == {"1", "3"}
-        assert norway[0]["title"] == "Oslo" and norway[0]["text"] == "A city in Norway." and norway[0]["score"] > 0
-    assert len(list((tmp_path / "cache").iterdir())) == 1 and search([], 3) == []
-
-
-def test_a_changed_corpus_gets_a_new_index(tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", PASSAGES)
-    data.open_retriever(path, cache=tmp_path / "cache")
-    write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "9", "title": "Bern", "text": "bears"}])
-    assert data.open_retriever(path, cache=tmp_path / "cache")(["bears"], 1)[0][0]["id"] == "9"
+    search = data.open_retriever(path)
+    norway, nothing, both = search(["where is norway", "zebra ?", "city"], 5)
+    assert [hit["id"] for hit in norway] == ["3"] and nothing == []
+    assert {hit["id"] for hit in both} == {"1", "3"}
+    assert norway[0]["title"] == "Oslo" and norway[0]["text"] == "A city in Norway." and norway[0]["score"] > 0
+    assert search([], 3) == []
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +671,8 @@ def encoder(tmp_path_factory, tokenizer):
 
     folder = tmp_path_factory.mktemp("models") / "tiny-e5"
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(folder)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -546,24 +692,22 @@ def test_dense_search_equals_mean_pooling_and_inner_products_by_hand(tmp_path, e
         return (mean / mean.norm()).numpy()
 
     passages = np.stack([embed(f"passage: {row['title']}\n{row['text']}") for row in rows])
-    queries = [row["text"][:40] for row in rows[:70]]  # more than one block of queries
-    for _ in range(2):
-        found = data.open_retriever(path, encoder=encoder, cache=tmp_path / "cache")(queries, 3)
-        for query, hits in zip(queries, found):
+    queries = [row["text"][:40] for row in rows[:70]]  # more than one batch of the encoder
+    for _ in range(2):  # the second time with the vectors on disk
+        search = data.open_retriever(path, encoder=encoder, cache=tmp_path / "cache")
+        for query, hits in zip(queries, search(queries, 3), strict=True):
             scores = passages @ embed(f"query: {query}")
-            assert np.allclose([hit["score"] for hit in hits], np.sort(scores)[::-1][:3], atol=2e-3)  # vectors are kept in 16 bits
-            assert np.allclose([hit["score"] for hit in hits], [scores[int(hit["id"])] for hit in hits], atol=2e-3)
+            found = [hit["score"] for hit in hits]
+            assert np.allclose(found, np.sort(scores)[::-1][:3], atol=1e-5)
+            assert np.allclose(found, [scores[int(hit["id"])] for hit in hits], atol=1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 1 and search([], 3) == []
 
 
-def test_the_nearest_are_exact_over_blocks_and_the_same_in_any_company():
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(70_000, 8, generator=generator)  # more than one block
-    queries = torch.randn(70, 8, generator=generator)
-    found = data.nearest(vectors, queries, 4)
-    assert [[row for row, _ in hits] for hits in found] == (queries @ vectors.T).topk(4).indices.tolist()
-    assert data.nearest(vectors, queries[3:4], 4)[0] == found[3]
+def test_a_changed_corpus_gets_new_vectors(tmp_path, encoder):
+    path = write_jsonl(tmp_path / "p.jsonl", PASSAGES)
+    assert len(data.open_retriever(path, encoder, tmp_path / "cache")(["bears"], 9)[0]) == 2
+    write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "9", "title": "Bern", "text": "bears"}])
+    assert len(data.open_retriever(path, encoder, tmp_path / "cache")(["bears"], 9)[0]) == 3
 
 
 def test_documents_can_be_built_around_a_dense_neighbourhood(corpus, encoder, tmp_path):
@@ -625,22 +769,24 @@ def test_a_search_server_that_fails_or_is_late_and_recovers_is_asked_again(serve
     monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
     for plan in ([500, "cut", "html", 429], ["late", "short"]):
         server.requests, server.plan = [], list(plan)
-        assert data.open_retriever(server.url)(["a"], 1)[0][0]["title"] == "Rome" and len(server.requests) == len(plan) + 1
+        assert (
+            data.open_retriever(server.url)(["a"], 1)[0][0]["title"] == "Rome"
+            and len(server.requests) == len(plan) + 1
+        )
 
 
 def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(server):
     server.plan = [503] * 9
-    with pytest.raises(DataError, match="no answer after 5 attempts.*503"):
+    with pytest.raises(DataError, match="no answer in 5 attempts.*503"):
         data.open_retriever(server.url)(["a"], 1)
-    server.plan = [404]
-    with pytest.raises(DataError, match="refuses"):
+    server.plan = [404] * 9
+    with pytest.raises(DataError, match="no answer in 5 attempts.*404"):
         data.open_retriever(server.url)(["a"], 1)
-    assert len(server.requests) == 6
     with pytest.raises(DataError, match="no answer"):
         data.open_retriever("http://127.0.0.1:9/retrieve")(["a"], 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content, message", [
@@ -653,7 +799,21 @@ def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(serv
 ])  # fmt: skip
 def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(content, message, tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(content)
-    arguments = ["build", "--corpus", tmp_path / "c.jsonl", "--out", tmp_path / "out", "--documents", 2, "--ner", "rules", "--related", 4, "--random", 6]
+    arguments = [
+        "build",
+        "--corpus",
+        tmp_path / "c.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--documents",
+        2,
+        "--ner",
+        "rules",
+        "--related",
+        4,
+        "--random",
+        6,
+    ]
     assert run(*arguments) == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
@@ -666,15 +826,23 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
     (tmp_path / "one.json").write_text('{"text": 1}')
     (tmp_path / "broken.json").write_text('[\n{"a":\n]')
     (tmp_path / "book.epub").write_text("x")
-    for name, message in [("none.jsonl", "no such file"), ("cut.jsonl.gz", "can't be read"), ("bad.parquet", "can't be read as parquet"),
-                          ("latin.jsonl", "latin.jsonl:1: can't be read"), ("one.json", "list of rows is wanted"), ("broken.json", "broken.json:3: not JSON"),
-                          ("book.epub", "unknown kind of file")]:  # fmt: skip
-        with pytest.raises(DataError, match=message):
+    for name, message in [
+        ("none.jsonl", "no such file"),
+        ("cut.jsonl.gz", "can't be read"),
+        ("bad.parquet", "can't be read as parquet"),
+        ("latin.jsonl", "can't be read.*utf-8"),
+        ("one.json", "a JSON list of rows is wanted"),
+        ("broken.json", "not JSON.*line 3"),
+        ("book.epub", "unknown kind of file"),
+    ]:
+        with pytest.raises(DataError, match=f"{name}: {message}"):
             list(data.read_rows(str(tmp_path / name)))
     with pytest.raises(DataError, match="q.jsonl:1: a question needs a question and an answer"):
         data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
     with pytest.raises(DataError, match="q.jsonl:1: context must be"):
-        data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}]))
+        data.load_questions(
+            write_jsonl(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}])
+        )
     with pytest.raises(DataError, match="no documents here"):
         data.load_documents(tmp_path, "train")
 
@@ -688,42 +856,69 @@ def test_an_output_that_is_there_already_is_not_touched(corpus, tmp_path, capsys
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["build", "--corpus", "c", "--out", "o", "--documents", "0"], "0 is less than 1"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "0"], "--documents 0: at least 1 is wanted"),
     (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--relatd", "3"], "unrecognized arguments: --relatd"),
     (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--ner", "xx_none"], "spacy download xx_none"),
     (["longqa", "--questions", "q", "--out", "o.csv"], "can be written"),
     ([], "arguments are required"),
 ])  # fmt: skip
-def test_wrong_usage_is_one_line_and_exit_status_2(arguments, message, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch(rf"error: .*{message}.*\n", done.stderr) and not list(tmp_path.iterdir())
+def test_wrong_usage_ends_in_one_line_that_says_what_is_wrong_and_exit_status_2(arguments, message, tmp_path):
+    command = [sys.executable, ROOT / "data.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert re.search(rf"error: .*{message}.*\n\Z", done.stderr) and "Traceback" not in done.stderr
 
 
 def test_min_passages_that_no_answer_reaches_is_an_error(corpus, tmp_path):
-    assert run("build", "--corpus", corpus, "--out", tmp_path / "out", "--documents", 1, "--ner", "rules", "--random", 3, "--min_passages", 50) == 2
+    assert (
+        run(
+            "build",
+            "--corpus",
+            corpus,
+            "--out",
+            tmp_path / "out",
+            "--documents",
+            1,
+            "--ner",
+            "rules",
+            "--random",
+            3,
+            "--min_passages",
+            50,
+        )
+        == 2
+    )
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------- real data
+# ---- real data -----------------------------------------------------------------------------------
 
 
 @real
 def test_real_articles_become_documents_of_the_papers_size(tmp_path):
-    assert not run("build", "--corpus", REAL / "wiki_articles_180.jsonl.gz", "--out", tmp_path / "docs", "--documents", 3, "--heldout", 0,
-                   "--ner", "rules", "--max_passages", 700, "--processes", 2)  # fmt: skip
+    sizes = ["--documents", 3, "--heldout", 0, "--max_passages", 700]
+    required = ["--corpus", REAL / "wiki_articles_180.jsonl.gz", "--out", tmp_path / "docs"]
+    assert not run("build", *required, *sizes, "--ner", "rules", "--processes", 2)
     for document in data.load_documents(tmp_path / "docs", "train"):
         assert 20_000 < len(document["text"].split()) < 28_000  # words; 24k-40k tokens
         assert not slow_pattern(document["answer"]).search(document["text"])
-        assert all(MASK not in document["text"][a:b] and "\n" not in document["text"][a:b] for a, b in document["entities"])
+        assert all(
+            MASK not in document["text"][a:b] and "\n" not in document["text"][a:b] for a, b in document["entities"]
+        )
 
 
 @real
-@pytest.mark.parametrize("name, count", [("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700), ("musique_dev_even.jsonl.gz", 250),
-                                         ("popqa_even.jsonl.gz", 968), ("nq_dev_even.jsonl.gz", 1805)])  # fmt: skip
+@pytest.mark.parametrize("name, count", [
+    ("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700), ("musique_dev_even.jsonl.gz", 250),
+    ("popqa_even.jsonl.gz", 968), ("nq_dev_even.jsonl.gz", 1805), ("released_shaped_mask.parquet", 12),
+])  # fmt: skip
 def test_real_questions_load(name, count):
     rows = data.load_questions(str(REAL / name))
     assert len(rows) == count and len({row["id"] for row in rows}) == count
-    assert all(row["question"] and row["answers"] and all(isinstance(answer, str) for answer in row["answers"]) for row in rows)
+    assert all(
+        row["question"] and row["answers"] and all(isinstance(answer, str) for answer in row["answers"])
+        for row in rows
+    )
 
 
 @real
@@ -733,5 +928,8 @@ def test_bm25_finds_a_gold_paragraph_for_most_real_questions(tmp_path):
     pool = {title: text for row in rows for title, text in row["context"]}
     path = write_jsonl(tmp_path / "p.jsonl", [{"title": title, "text": text} for title, text in pool.items()])
     found = data.open_retriever(path, cache=tmp_path)([row["question"] for row in rows], 3)
-    hit = [bool({title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits}) for row, hits in zip(rows, found)]
+    hit = [
+        bool({title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits})
+        for row, hits in zip(rows, found)
+    ]
     assert np.mean(hit) > 0.85

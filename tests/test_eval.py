@@ -1,4 +1,4 @@
-"""eval.py: scripted models whose scores are known by hand, resuming, ranks, tables, curves."""
+"""eval.py: scripted models whose scores are known by hand, stopping, ranks, tables, curves."""
 
 import doctest
 import json
@@ -6,157 +6,459 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import data
+import distributed
 import eval as evaluation
 import train
-from rollout import TEMPLATES, Prompts
+from rollout import Asker, Prompts, Response, Searcher
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
-class Scripted:
-    """A sampler that reads decoded prompts: remembers the sentences about the question's last word and what is not yet a whole
-    sentence, and answers with the word behind 'is'; it guesses nothing."""
+class FindsInMemory:
+    """A sampler that reads decoded prompts. It remembers the sentences about the question's last word, and what is
+    not yet a whole sentence; it answers with the word behind 'is', and guesses nothing."""
 
     def __init__(self, prompts):
-        self.prompts, self.model = prompts, None
+        self.prompts = prompts
 
     def __call__(self, asked, limits, keys):
+        end = [self.prompts.tokenizer.eos_token_id]
         responses = []
         for ids in asked:
-            text = self.prompts.tokenizer.decode(ids)
-            blocks = dict(re.findall(r"<(problem|memory|section)>\n(.*?)\n</\1>", text, re.DOTALL))
-            subject = blocks["problem"].split()[-1].rstrip("?")
-            if "section" in blocks:
-                *sentences, tail = re.split(r"(?<=\.) ", blocks["memory"] + blocks["section"])  # chunks may end inside a word
-                response = " ".join([*(s for s in sentences if f"{subject} is " in s), tail])
-            else:
-                found = re.search(rf"{subject} is (\w+)", blocks["memory"])
-                response = rf"\boxed{{{found[1]}}}" if found else "I do not know."
-            responses.append([*self.prompts.tokenizer(response, add_special_tokens=False)["input_ids"], self.prompts.tokenizer.eos_token_id])
+            text = self.respond(self.prompts.tokenizer.decode(ids))
+            responses.append(Response(self.prompts.encode(text) + end))
         return responses
 
+    def respond(self, text):
+        blocks = dict(re.findall(r"<(problem|memory|section)>\n(.*?)\n</\1>", text, re.DOTALL))
+        subject = blocks["problem"].split()[-1].rstrip("?")
+        if "section" in blocks:
+            *sentences, tail = re.split(
+                r"(?<=\.) ", blocks["memory"] + blocks["section"]
+            )  # a chunk may end in a word
+            return " ".join(
+                [*(sentence for sentence in sentences if f"{subject} is " in sentence), tail]
+            )
+        found = re.search(rf"{subject} is (\w+)", blocks["memory"])
+        return rf"\boxed{{{found[1]}}}" if found else "I do not know."
 
-def facts(count, without=()):
-    """A document of `count` facts, less those of some names, and a question about each."""
+
+def facts(count, gold=True):
+    """A question about each of `count` facts, its document all of them, without `gold` all but the one asked for."""
     names = [f"Name{chr(65 + i // 10)}{chr(65 + i % 10)}" for i in range(count)]
-    text = " ".join(f"{name} is colour{i}." for i, name in enumerate(names) if name not in without)
-    return [{"id": name, "question": f"What is {name}?", "answers": [f"colour{i}"], "context": text} for i, name in enumerate(names)]
+    sentences = [f"{name} is colour{i}." for i, name in enumerate(names)]
+    rows = []
+    for i, name in enumerate(names):
+        told = sentences if gold else sentences[:i] + sentences[i + 1 :]
+        rows.append(
+            {
+                "id": name,
+                "question": f"What is {name}?",
+                "answers": [f"colour{i}"],
+                "context": " ".join(told),
+            }
+        )
+    return rows
 
 
-def evaluated(tmp_path, tokenizer, rows, **flags):
-    args = evaluation.parse(["longqa", "--model", "x", "--out", str(tmp_path / "table.json"), *(f"--{k}={v}" for k, v in flags.items())])
-    prompts = Prompts(tokenizer, TEMPLATES)
+def records_of(folder, tokenizer, rows, sampler=FindsInMemory, command="longqa", **flags):
+    """What eval.py records of a set named facts, with a scripted model in a context of 4096 tokens."""
+    out = str(folder / "table.json")
+    Path(f"{out}.parts").mkdir(exist_ok=True)
+    args = Namespace(
+        **{"command": command, "mode": "memory", "samples": 1, "batch": 5, "out": out, **flags}
+    )
+    prompts = Prompts(tokenizer)
     cfg = train.Config(chunk_tokens=24, memory_tokens=64, answer_tokens=64, max_chunks=10**9)
-    (tmp_path / "table.json.parts").mkdir(exist_ok=True)
-    sampler = Scripted(prompts)
-    sampler.model = type("model", (), {"config": type("config", (), {"max_position_embeddings": 4096})})
-    policy = train.grpo.nn.Identity()
-    return evaluation.run_set(args, train.Kit(cfg, prompts, "", sampler), policy, "facts", rows)
+    policy = torch.nn.Module()
+    policy.lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    return evaluation.run_set(
+        args, train.Setup(cfg, prompts, sampler(prompts)), policy, "facts", rows
+    )
 
 
-def test_a_model_that_searches_its_memory_is_right_where_the_document_tells_and_wrong_where_it_does_not(alone, tokenizer, tmp_path):
-    row = evaluation.summary(evaluated(tmp_path, tokenizer, facts(20)))
-    assert row["n"] == 20 and row["em"][0] == row["sub_em"][0] == row["f1"][0] == 1.0 and row["unanswered"] == 0
+def test_a_model_that_searches_its_memory_is_right_where_the_document_tells(
+    alone, tokenizer, tmp_path
+):
+    row = evaluation.summary(records_of(tmp_path, tokenizer, facts(20)))
+    assert row["n"] == 20 and row["unanswered"] == 0
+    assert row["em"][0] == row["sub_em"][0] == row["f1"][0] == row["memagent_sub_em"][0] == 1.0
     assert row["turns"] > 5  # the document took many chunks
 
 
-def test_without_the_gold_sentence_every_answer_counts_as_wrong_and_none_is_missing(alone, tokenizer, tmp_path):
-    rows = facts(20)
-    row = evaluation.summary(evaluated(tmp_path, tokenizer, [facts(20, without={row["id"]})[i] for i, row in enumerate(rows)]))
-    assert row["n"] == 20 and row["em"][0] == row["memagent_sub_em"][0] == 0.0 and row["unanswered"] == 1.0
+def test_without_the_gold_sentence_every_answer_counts_as_wrong_and_none_is_missing(
+    alone, tokenizer, tmp_path
+):
+    row = evaluation.summary(records_of(tmp_path, tokenizer, facts(20, gold=False)))
+    assert row["n"] == 20 and row["unanswered"] == 1.0
+    assert row["em"][0] == row["sub_em"][0] == row["f1"][0] == row["memagent_sub_em"][0] == 0.0
 
 
-def test_a_stopped_evaluation_goes_on_and_counts_every_sample_once(alone, tokenizer, tmp_path, monkeypatch):
-    whole = evaluated(tmp_path, tokenizer, facts(8), samples=2)
-    parts = tmp_path / "table.json.parts" / "facts.rank0.jsonl"
-    lines = parts.read_text().splitlines(keepends=True)
-    parts.write_text("".join(lines[:5]) + lines[5][:20])  # killed while the sixth line was being written
-    again = evaluated(tmp_path, tokenizer, facts(8), samples=2)
-    strip = lambda records: [{k: v for k, v in record.items() if k != "seconds"} for record in records]  # noqa: E731
-    assert strip(again) == strip(whole) and len(whole) == 16
+def test_a_stopped_evaluation_goes_on_and_counts_every_sample_once(alone, tokenizer, tmp_path):
+    asked = []
+
+    class Counts(FindsInMemory):
+        def __call__(self, prompts, limits, keys):
+            asked.extend(keys)
+            return super().__call__(prompts, limits, keys)
+
+    whole = records_of(tmp_path, tokenizer, facts(8), samples=2)
+    keys = [(record["index"], record["sample"]) for record in whole]
+    assert keys == [(index, sample) for index in range(8) for sample in range(2)]
+
+    part = tmp_path / "table.json.parts" / "facts.rank0.jsonl"
+    for kept in (5, 9):  # killed while the next line was being written, twice
+        lines = part.read_text().splitlines(keepends=True)
+        part.write_text("".join(lines[:kept]) + lines[kept][:20])
+        finished = sum(line.endswith("}\n") for line in lines[:kept])
+        asked.clear()
+        assert records_of(tmp_path, tokenizer, facts(8), Counts, samples=2) == whole
+        assert len({key[:3] for key in asked}) == 16 - finished
+        assert {key[0] for key in asked} == {"facts"}
 
 
-def run(arguments, cwd, ranks=1):
-    script = [str(ROOT / "eval.py"), *arguments]
-    if ranks > 1:
-        script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *script]
-    return subprocess.run([sys.executable, *script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd, timeout=300)
+def test_samples_on_other_ranks_count_and_more_samples_add_to_those_that_are_there(
+    alone, tokenizer, tmp_path
+):
+    first = records_of(tmp_path, tokenizer, facts(4))
+    parts = tmp_path / "table.json.parts"
+    (parts / "facts.rank0.jsonl").rename(parts / "facts.rank7.jsonl")
+    more = records_of(tmp_path, tokenizer, facts(4), samples=3)
+    assert [record for record in more if record["sample"] == 0] == first and len(more) == 12
 
 
-def test_two_ranks_give_the_table_of_one_with_sampling(pocket_model, tmp_path):
-    tables = []
-    for ranks in (1, 2):
-        out = f"ranks{ranks}.json"
-        done = run(["longqa", "--model", pocket_model, "--chunks", "1", "--eval_documents", "6", "--out", out], tmp_path, ranks)
-        assert done.returncode == 0, done.stderr[-2000:]
-        table = json.loads((tmp_path / out).read_text())["table"]
-        tables.append({name: {k: v for k, v in row.items() if k != "seconds"} for name, row in table.items()})
-    assert tables[0] == tables[1] and len(tables[0]) == 5 and tables[0]["1 chunks"]["n"] == 6
+def test_nothing_that_a_model_writes_breaks_the_lines_that_samples_are_kept_in(
+    alone, tokenizer, tmp_path
+):
+    class WritesAnything(FindsInMemory):
+        def respond(self, text):
+            return '\u2028 \x85 \x0c \r\n \x00 {"index": 0} \\boxed{\u2029 }'
+
+    first = records_of(tmp_path, tokenizer, facts(3), WritesAnything)
+    assert "\u2028" in first[0]["answer"]
+    assert records_of(tmp_path, tokenizer, facts(3), sampler=lambda prompts: None) == first
 
 
-def test_memtrain_prints_held_out_figures_with_intervals(pocket_model, tmp_path):
-    done = run(["memtrain", "--model", pocket_model, "--eval_documents", "8", "--out", "proxy.json"], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| E2E" in done.stdout and "| recall" in done.stdout
-    table = json.loads((tmp_path / "proxy.json").read_text())
-    assert table["E2E"]["n"] == 8 and table["E2E"]["em"][1] <= table["E2E"]["em"][0] <= table["E2E"]["em"][2]
+def test_an_empty_or_cut_answer_is_wrong_in_every_score(tokenizer):
+    prompts = Prompts(tokenizer)
+    for text in ("", r"\boxed{}", r"\boxed{Rome", "Rome"):
+        agent = Asker(prompts, [1], 8, (0,))
+        agent.turns.append(SimpleNamespace(prompt_ids=[1], response_ids=[1, 2], truncated=True))
+        agent.receive(prompts.encode(text))
+        record = evaluation.record_of(agent, {"answers": ["Rome", "the"]})
+        assert all(record[score] == 0 for score in evaluation.SCORES), text
+        assert record["truncated"] == 1 and record["tokens"] == record["peak_context"] == 3
+
+
+def test_answers_to_several_questions_are_scored_by_position_and_averaged(tokenizer):
+    prompts = Prompts(tokenizer)
+    agent = Searcher(prompts, [], 2, 64, 64, (0,))
+    agent.turns.append(SimpleNamespace(prompt_ids=[1], response_ids=[1], truncated=False))
+    agent.receive(tokenizer("<think>x</think><answer>Paris; Rome</answer>")["input_ids"])
+    for golds, em, unanswered in [
+        ([["Paris"], ["Rome"]], 1, 0),
+        ([["Rome"], ["Paris"]], 0, 0),
+        ([["Paris"], ["Oslo"], ["Rome"]], 1 / 3, 1 / 3),
+    ]:
+        record = evaluation.record_of(agent, {"answers": golds})
+        assert (record["em"], record["unanswered"]) == (em, unanswered)
+
+
+def test_the_samples_of_a_question_are_averaged_before_the_interval():
+    records = []
+    for index, em in enumerate([1.0, 0.0, 1.0, 1.0]):
+        record = {"index": index, "id": "q", "answer": "a", "em": em, "turns": 2}
+        records += [{**record, "sample": sample} for sample in range(5)]
+    row = evaluation.summary(records)
+    assert row == {"n": 4, "em": list(train.interval([1.0, 0.0, 1.0, 1.0])[:3]), "turns": 2}
 
 
 def test_a_whole_document_is_cut_in_the_middle_to_the_context_and_says_so(tokenizer):
-    prompts = Prompts(tokenizer, TEMPLATES)
-    kit = train.Kit(train.Config(answer_tokens=16), prompts, "", None)
+    prompts = Prompts(tokenizer)
     text = " ".join(f"word{i}" for i in range(400))
-    row = {"question": "Which?", "context": text}
-    whole, cut = evaluation.whole_document(kit, row, 10**6, (0,))
-    assert not cut and text in prompts.text(whole.ids)
-    short, cut = evaluation.whole_document(kit, row, 512, (0,))
-    assert cut and len(short.ids) + 16 == 512 and "word0 " in prompts.text(short.ids) and "word399" in prompts.text(short.ids)
+
+    def read(context):
+        problem, document = prompts.encode("Which?"), prompts.encode(text)
+        return evaluation.WholeReader(prompts, problem, document, context, 16, (0,))
+
+    whole, short = read(10**6), read(512)
+    assert not whole.document_cut and text in prompts.text(whole.ids)
+    assert short.document_cut and len(short.ids) + 16 == 512
+    assert "word0 " in prompts.text(short.ids) and "word399" in prompts.text(short.ids)
+    with pytest.raises(ValueError, match="lower it"):
+        read(20)
+
+
+def test_full_context_shows_the_document_in_one_turn_and_memory_mode_in_many(
+    alone, tokenizer, tmp_path
+):
+    seen = []
+
+    class Records(FindsInMemory):
+        def respond(self, text):
+            seen.append(text)
+            return ""
+
+    (record,) = records_of(tmp_path, tokenizer, facts(9)[:1], Records, mode="full_context")
+    assert (
+        record["turns"] == 1 and record["document_cut"] == 0 and facts(9)[0]["context"] in seen[0]
+    )
+
+
+def test_the_filter_asks_without_the_context_and_drops_what_is_known(
+    alone, tokenizer, tmp_path, capsys
+):
+    class Knows(FindsInMemory):
+        def respond(self, text):
+            assert "colour" not in text
+            return r"\boxed{colour1}"
+
+    rows = facts(3)
+    records = records_of(tmp_path, tokenizer, rows, Knows, command="filter", samples=2)
+    evaluation.write_questions(tmp_path / "left.jsonl", {"facts": rows}, {"facts": records})
+    left = data.load_questions(str(tmp_path / "left.jsonl"))
+    assert [row["id"] for row in left] == ["NameAA", "NameAC"] and left[0]["context"] == rows[0][
+        "context"
+    ]
+    assert "2 of 3 questions" in capsys.readouterr().out
+
+
+def test_sets_have_names_and_default_to_the_held_out_files_of_the_models_settings(
+    pocket_model, tmp_path
+):
+    def sets(*flags):
+        args = evaluation.parse(["longqa", "--model", pocket_model, "--out", "x", *flags])
+        return evaluation.load_sets(args, evaluation.config_of(args))
+
+    named, plain = tmp_path / "lr=1" / "a.jsonl", tmp_path / "b.dev.jsonl"
+    for file in (named, plain):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in facts(2)))
+    assert list(sets("--data", f"nq={named}", str(named), str(plain))) == ["nq", "a", "b"]
+    with pytest.raises(ValueError, match="two sets are called a"):
+        sets("--data", str(named), str(named))
+
+    settings = json.loads(Path(pocket_model, "memtrain.json").read_text())["settings"]["longqa"]
+    assert [len(rows) for rows in sets().values()] == [
+        len(data.load_questions(path)) for path in settings["heldout"]
+    ]
+
+
+def test_flags_win_over_the_models_settings_and_nothing_is_too_long_to_read(pocket_model):
+    settings = train.model_settings(pocket_model)["settings"]["all"]
+    cfg = evaluation.config_of(
+        evaluation.parse(["memtrain", "--model", pocket_model, "--memory_tokens", "7"])
+    )
+    assert (
+        cfg.memory_tokens == 7 != settings["memory_tokens"]
+        and cfg.chunk_tokens == settings["chunk_tokens"]
+    )
+    assert (
+        cfg.max_chunks >= 10**9
+        and cfg.data == train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
+    )
+
+
+def run(arguments, folder, ranks=1):
+    """eval.py in processes of their own; -> what it prints"""
+    script = [str(ROOT / "eval.py"), *arguments]
+    if ranks > 1:
+        script = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            *script,
+        ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *script], capture_output=True, text=True, env=env, cwd=folder, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def first_rows(pocket_model, task, count, folder):
+    """A file with the first held-out questions that a model's settings name."""
+    path = train.model_settings(pocket_model)["settings"][task]["heldout"][0]
+    file = folder / f"{task}.jsonl"
+    file.write_text("".join(Path(path).read_text().splitlines(keepends=True)[:count]))
+    return file.name
+
+
+def test_two_ranks_give_the_table_of_one_with_sampling(pocket_model, tmp_path):
+    file = first_rows(pocket_model, "longqa", 6, tmp_path)
+    tables = []
+    for ranks in (1, 2):
+        flags = [
+            "--model",
+            pocket_model,
+            "--data",
+            f"a={file}",
+            f"b={file}",
+            "--samples",
+            "2",
+            "--batch",
+            "4",
+        ]
+        run(["longqa", *flags, "--out", f"{ranks}.json"], tmp_path, ranks)
+        tables.append(json.loads((tmp_path / f"{ranks}.json").read_text())["table"])
+    assert (
+        tables[0] == tables[1]
+        and list(tables[0]) == ["a", "b", "average"]
+        and tables[0]["a"]["n"] == 6
+    )
+    answers = {}
+    for part in (tmp_path / "1.json.parts").glob("*.jsonl"):
+        answers[part.name] = [
+            json.loads(line)["answer"] for line in part.read_text().splitlines() if line
+        ]
+    assert (
+        answers["a.rank0.jsonl"] != answers["b.rank0.jsonl"]
+    )  # noise is of the set, question and sample
+    assert len(set(answers["a.rank0.jsonl"])) > 6
+
+
+def test_memtrain_prints_held_out_figures_with_intervals(pocket_model, tmp_path):
+    printed = run(
+        ["memtrain", "--model", pocket_model, "--eval_documents", "8", "--out", "proxy.json"],
+        tmp_path,
+    )
+    assert "| E2E" in printed and "| recall" in printed
+    table = json.loads((tmp_path / "proxy.json").read_text())
+    mean, low, high = table["E2E"]["em"]
+    assert table["E2E"]["n"] == 8 and low <= mean <= high
+
+
+def test_searchqa_searches_the_corpus_of_the_models_settings(
+    pocket_model, tmp_path, alone, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "start_ranks", lambda: alone)
+    file = first_rows(pocket_model, "searchqa", 4, tmp_path)
+    rows = data.load_questions(file, objectives=2)
+    seen = []
+
+    def answers_after_a_search(cfg, policy, tokenizer, *sampling):
+        def sampler(asked, limits, keys):
+            responses = []
+            for ids, (_, index, _, turn) in zip(asked, keys):
+                seen.append(tokenizer.decode(ids))
+                golds = " ; ".join(answers[0] for answers in rows[index]["answers"])
+                text = f"<answer> {golds} </answer>" if turn else f"<search> {golds} </search>"
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                responses.append(Response([*ids, tokenizer.eos_token_id]))
+            return responses
+
+        prompts = Prompts(tokenizer, train.model_settings(cfg.model)["templates"])
+        return train.Setup(cfg, prompts, sampler, train.open_search(cfg))
+
+    monkeypatch.setattr(train, "open_setup", answers_after_a_search)
+    flags = ["--model", pocket_model, "--data", file, "--out", "t.json"]
+    evaluation.questions(evaluation.parse(["searchqa", *flags]))
+    row = json.loads(Path("t.json").read_text())["table"]["searchqa"]
+    assert row["n"] == 2  # pairs
+    assert row["searches"] == 1 and row["turns"] == 2
+    assert row["em"][0] == row["f1"][0] == 1 and row["malformed"] == row["unanswered"] == 0
+    assert ["<information>" in text for text in seen] == [False, False, True, True]
+
+
+def test_samples_of_another_model_or_other_flags_are_refused(alone, tmp_path):
+    def open_parts(model, *flags):
+        args = evaluation.parse(
+            ["longqa", "--model", "x", "--out", str(tmp_path / "t.json"), *flags]
+        )
+        evaluation.open_parts(args, train.Config(model=model))
+
+    open_parts("step-000100")
+    open_parts(
+        "step-000100", "--samples", "4", "--batch", "7", "--data", "more.json", "--kv_tokens", "9"
+    )
+    for other in (
+        ["step-000200"],
+        ["step-000100", "--greedy"],
+        ["step-000100", "--chunk_tokens", "9"],
+    ):
+        with pytest.raises(ValueError, match="another model or other flags"):
+            open_parts(*other)
 
 
 def test_the_examples_in_the_docstrings_hold():
-    for module in (evaluation, train):
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed
+    result = doctest.testmod(evaluation)
+    assert result.attempted and not result.failed
 
 
 def test_the_interval_is_wilsons_and_stays_inside():
     mean, low, high, n = train.interval([1.0] * 3 + [0.0])
-    assert (mean, n) == (0.75, 4) and low == pytest.approx(0.3006, abs=1e-4) and high == pytest.approx(0.9544, abs=1e-4)
-    assert train.interval([0.0] * 10)[2] == pytest.approx(0.2775, abs=1e-4) and train.interval([0.0] * 10)[1] == 0
+    assert (mean, n) == (0.75, 4)
+    assert low == pytest.approx(0.3006, abs=1e-4) and high == pytest.approx(0.9544, abs=1e-4)
+    assert train.interval([0.0] * 10)[1] == 0 and train.interval([0.0] * 10)[2] == pytest.approx(
+        0.2775, abs=1e-4
+    )
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
-@pytest.mark.parametrize("file, documents", [("rulerhqa_shaped_50.json", 50), ("rulerhqa_shaped_200.json", 200)])
+@pytest.mark.parametrize(
+    "file, documents", [("rulerhqa_shaped_50.json", 50), ("rulerhqa_shaped_200.json", 200)]
+)
 def test_evaluation_files_of_memagents_shape_load_whole(file, documents):
-    rows = data.load_questions(str(SHARED / file))
-    assert all(row["context"].count("Document ") >= documents and row["answers"] and isinstance(row["answers"], list) for row in rows)
+    for row in data.load_questions(str(SHARED / file)):
+        assert row["context"].count("Document ") >= documents
+        assert row["answers"] and isinstance(row["answers"], list)
 
 
-def test_curves_draw_runs_and_tables(tmp_path):
+def test_curves_draw_runs_and_tables(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "metrics.jsonl").write_text('{"step": 0, "heldout": {"trajectory": [0.1, 0.0, 0.2, 9]}}\n{"step": 1, "R_E": 0.5, "em": 0.4}\n')
-    (tmp_path / "table.json").write_text(json.dumps({"table": {"a": {"em": [0.5, 0.4, 0.6], "tokens": 100}, "b": {"em": [0.4, 0.3, 0.5], "tokens": 200}}}))
-    evaluation.main(["curves", str(run_dir), str(tmp_path / "table.json"), "--out", str(tmp_path / "curves.png")])
+    looked = {"step": 0, "heldout": {"trajectory": [0.1, 0.0, 0.2, 9]}}
+    trained = [{"step": 1, "R_E": 0.5, "em": 0.4}, {"step": 2, "R_E": 0.6, "em": 0.5}]
+    for name, lines in {"looked": [looked, *trained], "plain": trained}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    rows = {
+        "a": {"em": [0.5, 0.4, 0.6], "tokens": 100},
+        "b": {"em": [0.4, 0.3, 0.5], "tokens": 200},
+    }
+    (tmp_path / "t.json").write_text(
+        json.dumps({"table": {**rows, "average": {"em": [0.4, 0.3, 0.5]}}})
+    )
+    inputs = [str(tmp_path / name) for name in ("looked", "plain", "t.json")]
+    evaluation.main(["curves", *inputs, "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        evaluation.main(["curves", str(tmp_path / "other.json"), "--out", "x.png"])
+    assert "other.json: not a table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["longqa"], "needs --model"),
     (["longqa", "--model", "{pocket}"], "needs --out"),
+    (["filter", "--model", "{pocket}", "--out", "t.json"], "needs --data"),
+    (["curves", "--out", "t.png"], "needs runs"),
+    (["longqa", "--model", "{bare}", "--out", "t.json"], "needs --data"),
+    (["memtrain", "--model", "{bare}", "--data", "{bare}"], "no documents here"),
     (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"], "nowhere.json"),
     (["searchqa", "--model", "{pocket}", "--data", "q=x.jsonl", "--out", "t.json"], "x.jsonl"),
 ])  # fmt: skip
-def test_bad_input_gets_one_line_and_status_2(arguments, words, pocket_model, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_status_2(
+    arguments, words, pocket_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
+    places = {"pocket": pocket_model, "bare": str(tmp_path)}
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main([a.format(pocket=pocket_model) for a in arguments])
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert stopped.value.code == 2 and len(error) == 1 and words in error[0] and not Path("t.json").exists()
+        evaluation.main([argument.format(**places) for argument in arguments])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stopped.value.code == 2 and words in error and not Path("t.json").exists()

@@ -1,6 +1,7 @@
-"""Hostile text: documents, questions, memories, search results and model outputs that try to break out, at every door.
+"""Hostile text: documents, questions, memories, search results and outputs that try to break out.
 
-A few thousand cases here; 10^5 with `python -m pytest --hypothesis-profile thorough tests/test_hostile.py`.
+A few thousand cases here; 10^5 with
+`python -m pytest --hypothesis-profile thorough tests/test_hostile.py`.
 """
 
 import gzip
@@ -14,28 +15,36 @@ from hypothesis import strategies as st
 
 import data
 import rewards
-from rollout import CLOSED, TAGS, TEMPLATES, Prompts, Reader, Recaller, Searcher, rollout
+from rollout import CLOSED, TAGS, Prompts, Reader, Recaller, Response, Searcher, rollout
 
-FORGED = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")] + ["<|im_end|>", "<|im_start|>assistant\n", "<|reserved|>", "</think>"]
-NASTY = ["\\boxed{x}", "\\boxed{", "}", "{memory}", "{section}", "[MASK]", "[TARGET]", "<", "<|", ">", "\ud800", "\udfff", "\x00", "\x1b[2J", "\u202e", "שלום",
-         "😀", "👩\u200d👩\u200d👧", "é", "e\u0301", "\r\n", "\u2028", "\t", " ", "", ";", "Ada", "is", "42", "İ", "ß"]  # fmt: skip
-hostile = st.lists(st.sampled_from(FORGED + NASTY) | st.text(max_size=4), max_size=10).map("".join)
+FORGED = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
+FORGED += ["<|im_end|>", "<|im_start|>assistant\n", "<|reserved|>", "</think>"]
+NASTY = ["\\boxed{x}", "\\boxed{", "}", "{memory}", "{section}", "[MASK]", "[TARGET]", "<", "<|", ">"]
+NASTY += ["\ud800", "\udfff", "\x00", "\x1b[2J", "\u202e", "שלום", "😀", "👩\u200d👩\u200d👧", "é", "e\u0301"]
+NASTY += ["\r\n", "\u2028", "\t", " ", "", ";", "Ada", "is", "42", "İ", "ß"]
+pieces = st.sampled_from(FORGED + NASTY) | st.text(max_size=4)
+hostile = st.lists(pieces, max_size=10).map("".join)
+outputs = st.lists(hostile, min_size=1, max_size=4)
 
 many = settings(max_examples=max(1000, settings.default.max_examples))
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    return Prompts(tokenizer, TEMPLATES)
+    return Prompts(tokenizer)
 
 
 def babbler(prompts, outputs):
-    """A sampler that says the hostile outputs in turn: their text, special tokens as such, cut to the limit."""
+    """A sampler that says the hostile outputs in turn, special tokens as such, cut to the limit."""
     said = iter(outputs * 99)
 
     def sampler(asked, limits, keys):
-        texts = [next(said, "").encode("utf-8", "replace").decode() for _ in asked]
-        return [prompts.tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text, limit in zip(texts, limits)]
+        responses = []
+        for limit in limits:
+            text = next(said, "").encode("utf-8", "replace").decode()
+            ids = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+            responses.append(Response(ids[:limit], len(ids) > limit))
+        return responses
 
     return sampler
 
@@ -46,40 +55,51 @@ def structure(prompts, ids):
 
 
 @many
-@given(hostile, hostile, st.lists(hostile, min_size=1, max_size=4))
-def test_a_reader_of_hostile_text_with_hostile_memories_keeps_its_structure_and_its_budget(prompts, document, question, outputs):
-    problem, chunk_tokens, memory_tokens, answer_tokens = prompts.encode(question), 8, 12, 6
-    sections = [chunk.ids for chunk in data.chunks(prompts.clean(document), prompts.tokenizer, chunk_tokens)]
-    reader = Reader(prompts, problem, sections, memory_tokens, answer_tokens)
+@given(hostile, hostile, outputs)
+def test_hostile_text_and_hostile_memories_leave_a_readers_structure_and_its_budget(
+    prompts, document, question, outputs
+):
+    problem, sizes = prompts.encode(question), (12, 6)  # memory and answer tokens
+    chunks = data.chunks(prompts.clean(document), prompts.tokenizer, 8)
+    sections = [chunk.ids for chunk in chunks]
+    reader = Reader(prompts, problem, sections, *sizes, key=(0,))
     rollout([reader], babbler(prompts, outputs))
-    recaller = Recaller(prompts, reader.memories[-1], sections[0], answer_tokens)
+    recaller = Recaller(prompts, reader.memories[-1], sections[0], sizes[1], key=(1,))
     rollout([recaller], babbler(prompts, outputs))
-    longest = prompts.longest(problem, chunk_tokens, memory_tokens, answer_tokens)
-    bare = [prompts.update(problem=[], memory=[], section=[])] * len(sections) + [prompts.answer(problem=[], memory=[]), prompts.recall(memory=[], section=[])]
-    assert len(reader.turns) == len(sections) + 1
+
+    # no turn, role or end token was forged
+    nothing = dict(problem=[], memory=[], section=[])
+    bare = [prompts.update(**nothing)] * len(sections)
+    bare += [prompts.answer(problem=[], memory=[]), prompts.recall(memory=[], section=[])]
     for turn, empty in zip([*reader.turns, *recaller.turns], bare, strict=True):
-        assert structure(prompts, turn.prompt_ids) == structure(prompts, empty)  # no turn, role or end token was forged
-        assert len(turn.prompt_ids) + len(turn.response_ids) <= longest
+        assert structure(prompts, turn.prompt_ids) == structure(prompts, empty)
+        length = len(turn.prompt_ids) + len(turn.response_ids)
+        assert length <= prompts.longest(problem, 8, *sizes)
     for inserted in (problem, *sections):
         assert not any(tag in prompts.text(inserted) for tag in FORGED)
     rewards.exact_match(rewards.extract_boxed(reader.answer), [question])
 
 
 @many
-@given(hostile, hostile, st.lists(hostile, min_size=1, max_size=4))
-def test_search_results_and_turns_forge_nothing_whatever_they_hold(prompts, question, result, outputs):
-    problem, answer_tokens, result_tokens = prompts.encode(question), 40, 24
-    outputs = [f"<think></think><search>{text}</search>" if i % 2 else text for i, text in enumerate(outputs)]
-    searcher = Searcher(prompts, problem, 3, answer_tokens, result_tokens)
-    rollout([searcher], babbler(prompts, outputs), lambda queries: [[{"title": result, "text": result}] for _ in queries])
+@given(hostile, hostile, outputs)
+def test_search_results_and_turns_forge_nothing_whatever_they_hold(
+    prompts, question, result, outputs
+):
+    problem, sizes = prompts.encode(question), (40, 24)  # answer and result tokens
+    outputs = [f"<think></think><search>{text}</search>" for text in outputs] + outputs
+    searcher = Searcher(prompts, problem, 3, *sizes, key=(0,))
+    found = [{"title": result, "text": result}]
+    rollout([searcher], babbler(prompts, outputs), lambda queries: [found for _ in queries])
+
     bare = structure(prompts, prompts.search(problem=[], previous=[], turns=[]))
     assert 1 <= len(searcher.turns) <= 3
     for turn in searcher.turns:
         assert structure(prompts, turn.prompt_ids) == bare
-        assert len(turn.prompt_ids) + len(turn.response_ids) <= prompts.longest_search(problem, answer_tokens, result_tokens)
-        assert len(CLOSED.findall(prompts.text(turn.response_ids))) <= 1  # a response ends at its first closing tag
-    score = rewards.split_answers(searcher.answer, 2)
-    assert len(score) == 2
+        length = len(turn.prompt_ids) + len(turn.response_ids)
+        assert length <= prompts.longest_search(problem, *sizes)
+        closed = CLOSED.findall(prompts.text(turn.response_ids))
+        assert len(closed) <= 1  # a response ends at its first closing tag
+    assert len(rewards.split_answers(searcher.answer, 2)) == 2
 
 
 @many
@@ -88,19 +108,26 @@ def test_a_masked_entity_is_nowhere_left_and_placeholders_count_the_occurrences(
     text = text.replace("[MASK]", "")
     hits = len(data.occurrences(text, entity))
     masked, _ = data.mask(text, entity)
-    assert masked.count("[MASK]") == hits + text.count("[MASK]") and not data.occurrences(masked, entity)
+    assert masked.count("[MASK]") == hits + text.count("[MASK]")
+    assert not data.occurrences(masked, entity)
 
 
 @many
 @given(hostile, st.lists(hostile, max_size=3))
 def test_every_score_of_any_text_is_between_0_and_1(prediction, golds):
-    for score in (rewards.exact_match, rewards.sub_exact_match, rewards.memagent_sub_em, rewards.token_f1):
-        assert 0 <= score(prediction, golds) <= 1 and 0 <= score(rewards.extract_boxed(prediction), golds) <= 1
+    for name in ("exact_match", "sub_exact_match", "memagent_sub_em", "token_f1"):
+        score = getattr(rewards, name)
+        for answer in (prediction, rewards.extract_boxed(prediction)):
+            assert 0 <= score(answer, golds) <= 1
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "<", "<search>", "</memory>", "\ud800", "a", "the ", "[MASK]", "<|im_end|>", "\n", "é", "1. A"])
+PIECES = ["\\boxed{", "{", "}", "<", "<search>", "</memory>", "\ud800", "a", "the ", "[MASK]"]
+PIECES += ["<|im_end|>", "\n", "é", "1. A"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_a_line_of_a_megabyte_takes_linear_time(prompts, piece):
-    """Each step takes well under a second; anything quadratic would take hours, so the bound is far from both."""
+    """Each step takes well under a second; anything quadratic would take hours."""
     text = (piece * (10**6 // len(piece) + 1))[: 10**6]
     started = time.process_time()
     clean = prompts.clean(text)
@@ -109,20 +136,29 @@ def test_a_line_of_a_megabyte_takes_linear_time(prompts, piece):
     rewards.exact_match(rewards.extract_boxed(text), [text])
     rewards.split_answers(text, 3)
     CLOSED.search(text[:20_000])
-    assert sum(len(chunk.ids) for chunk in data.chunks(clean[:200_000], prompts.tokenizer, 5120)) > 0
+    assert data.chunks(clean[:200_000], prompts.tokenizer, 5120)
     assert time.process_time() - started < 60
 
 
 def test_closing_tags_are_looked_for_in_linear_time(prompts):
     rng = random.Random(0)
-    ids = prompts.tokenizer("".join(rng.choice(["<search>", "<answer>", "</", "x "]) for _ in range(1024)))["input_ids"]
+    text = "".join(rng.choices(["<search>", "<answer>", "</", "x "], k=1024))
+    ids = prompts.tokenizer(text)["input_ids"]
     started = time.process_time()
     assert prompts.closed(ids) is None
     assert time.process_time() - started < 5
 
 
-# -------------------------------------------------------------------------------------------------------- damaged files
-GOOD = {"id": "a", "question": "Who?", "answers": ["Ann"], "context": "Ann ran.", "title": "T", "text": "Ann ran."}
+# --------------------------------------------------------------------------------- damaged files
+
+GOOD = {
+    "id": "a",
+    "question": "Who?",
+    "answers": ["Ann"],
+    "context": "Ann ran.",
+    "title": "T",
+    "text": "Ann ran.",
+}
 
 
 def lines(*rows):
@@ -130,15 +166,28 @@ def lines(*rows):
 
 
 BROKEN = {  # for every loader
-    "empty": b"", "blank": b"\n \n", "cut off": lines(GOOD) + b'{"id": ', "binary": bytes(range(256)) * 4, "another encoding": '{"text": "é"}'.encode("latin1"),
-    "a list": b"[1, 2]\n", "a number": b"3\n", "null": b"null\n", "a string": b'"x"\n', "no such columns": lines({"x": 1}),
-    "numbers": lines(dict.fromkeys(GOOD, 5)), "nulls": lines(dict.fromkeys(GOOD)), "objects": lines(dict.fromkeys(GOOD, {"a": 1})),
-}  # fmt: skip
+    "empty": b"",
+    "blank": b"\n \n",
+    "cut off": lines(GOOD) + b'{"id": ',
+    "binary": bytes(range(256)) * 4,
+    "another encoding": '{"text": "é"}'.encode("latin1"),
+    "a list": b"[1, 2]\n",
+    "a number": b"3\n",
+    "null": b"null\n",
+    "a string": b'"x"\n',
+    "no such columns": lines({"x": 1}),
+    "numbers": lines(dict.fromkeys(GOOD, 5)),
+    "nulls": lines(dict.fromkeys(GOOD)),
+    "objects": lines(dict.fromkeys(GOOD, {"a": 1})),
+}
 BROKEN_QUESTIONS = {
-    "no answers": lines(GOOD | {"answers": []}), "blank answers": lines(GOOD | {"answers": [" "]}), "no question": lines(GOOD | {"question": ""}),
-    "paragraphs without a text": lines(GOOD | {"context": [["a"]]}), "paragraphs of numbers": lines(GOOD | {"context": [[1, 2]]}),
-    "extra_info and prompt of a wrong type": lines({"extra_info": "x", "reward_model": [1], "prompt": ["x"]}),
-}  # fmt: skip
+    "no answers": lines(GOOD | {"answers": []}),
+    "blank answers": lines(GOOD | {"answers": [" "]}),
+    "no question": lines(GOOD | {"question": ""}),
+    "paragraphs without a text": lines(GOOD | {"context": [["a"]]}),
+    "paragraphs of numbers": lines(GOOD | {"context": [[1, 2]]}),
+    "wrong types": lines({"extra_info": "x", "reward_model": [1], "prompt": ["x"]}),
+}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet"])
@@ -161,7 +210,8 @@ def test_half_a_compressed_or_parquet_file_is_an_error_in_one_line(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD] * 99), tmp_path / "half.parquet")
-    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines(*[GOOD | {"id": str(i)} for i in range(999)])))
+    rows = [GOOD | {"id": str(i)} for i in range(999)]
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines(*rows)))
     for file in tmp_path.iterdir():
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 import rewards
 from rewards import (
-    end_to_end_reward, exact_match, extract_boxed, memagent_sub_em, normalize_answer, split_answers, sub_exact_match, token_f1,
-)  # fmt: skip
+    end_to_end_reward,
+    exact_match,
+    extract_boxed,
+    memagent_sub_em,
+    normalize_answer,
+    split_answers,
+    sub_exact_match,
+    token_f1,
+)
 
 SCORES = [exact_match, sub_exact_match, memagent_sub_em, token_f1]
 
@@ -23,7 +30,7 @@ def test_the_examples_in_the_docstrings_hold():
     assert result.attempted > 10 and not result.failed
 
 
-# ---------------------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -65,7 +72,10 @@ def test_boxes_are_read_like_a_slow_search_over_all_pairs_of_braces_reads_them(t
     assert extract_boxed(text) == (max(boxes)[1].strip() if boxes else None)
 
 
-@pytest.mark.parametrize("piece", ["{", "}", "{}", r"\boxed{", r"\boxed", r"\boxed ", r"\boxed{}", "\\", " ", "a ", "a;", "the "])
+BRACES = ["{", "}", "{}", r"\boxed{", r"\boxed", r"\boxed ", r"\boxed{}", "\\"]
+
+
+@pytest.mark.parametrize("piece", [*BRACES, " ", "a ", "a;", "the "])
 def test_a_megabyte_takes_no_longer_than_linear_time(piece):
     text = piece * (1_000_000 // len(piece))
     started = time.perf_counter()
@@ -82,7 +92,7 @@ def test_blanks_after_boxed_are_read_once():
     assert time.perf_counter() - started < 5
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("text, normal", [  # by the rules of SQuAD's evaluate-v1.1.py
@@ -112,7 +122,8 @@ def squad_f1(prediction, gold):
     return 2 * precision * recall / (precision + recall)
 
 
-words = st.lists(st.sampled_from(["the", "The", "a", "cat", "Cat.", "dog", "dog's", "-", "ran"]), max_size=6).map(" ".join)
+WORDS = ["the", "The", "a", "cat", "Cat.", "dog", "dog's", "-", "ran"]
+words = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 
 
 @given(words, st.lists(words, max_size=3))
@@ -120,8 +131,10 @@ def test_em_and_f1_are_squads_wherever_something_is_left_to_compare(prediction, 
     comparable = [gold for gold in golds if squad_normal(gold)]
     if not squad_normal(prediction) or len(comparable) < len(golds):
         return
-    assert exact_match(prediction, golds) == max((squad_normal(prediction) == squad_normal(gold) for gold in golds), default=0)
-    assert token_f1(prediction, golds) == pytest.approx(max((squad_f1(prediction, gold) for gold in golds), default=0))
+    equal = [squad_normal(prediction) == squad_normal(gold) for gold in golds]
+    assert exact_match(prediction, golds) == max(equal, default=0)
+    f1 = [squad_f1(prediction, gold) for gold in golds]
+    assert token_f1(prediction, golds) == pytest.approx(max(f1, default=0))
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -158,17 +171,21 @@ def test_every_score_takes_any_text_and_lies_between_0_and_1(prediction, golds):
 
 
 def test_sub_em_is_one_way_by_words_and_memagents_two_way_by_characters():
-    assert sub_exact_match("in Rome, Italy", ["Rome"]) == 1 and sub_exact_match("Rome", ["Rome, Italy"]) == 0
-    assert sub_exact_match("Romeo", ["Rome"]) == 0 and memagent_sub_em("Romeo", ["Rome"]) == 1
+    assert sub_exact_match("in Rome, Italy", ["Rome"]) == 1
+    assert sub_exact_match("Rome", ["Rome, Italy"]) == 0
+    assert sub_exact_match("Romeo", ["Rome"]) == 0
+    assert memagent_sub_em("Romeo", ["Rome"]) == 1
     assert memagent_sub_em("Rome", ["Rome, Italy"]) == 1
 
 
 def test_yes_and_no_must_match_whole_in_f1():
     assert token_f1("no", ["no"]) == 1
-    assert token_f1("no doubt", ["no"]) == token_f1("yes", ["yes sir"]) == token_f1("noanswer given", ["noanswer"]) == 0
+    assert token_f1("no doubt", ["no"]) == 0
+    assert token_f1("yes", ["yes sir"]) == 0
+    assert token_f1("noanswer given", ["noanswer"]) == 0
 
 
-# -------------------------------------------------------------------------------------------------- answers and rewards
+# ------------------------------------------------------------------------------ answers and rewards
 
 
 @given(st.none() | st.text(alphabet="ab; \n"), st.integers(0, 5))

@@ -1,0 +1,295 @@
+"""The paper's claims on the pocket world: every arm is trained for every seed, and asked by length.
+
+    python tests/study.py            three seeds; goes on where it was stopped
+    python tests/study.py --quick    one seed, few steps, short documents: minutes, proves nothing
+
+Starts tiny.py, train.py and eval.py as a user would, with one thread each, as many at a time as
+there are cores. Every seed has a world of its own: model, documents and questions. Leaves in --out:
+results.json (the raw numbers), report.md (the tables) and, where matplotlib is installed,
+figure.png. What it found so far stands in study.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import tiny  # noqa: E402
+
+# "warm" is the model that tiny.py makes; an arm "X + QA" starts from arm X
+OBJECTIVES = {
+    "full": ["--objective", "full"],
+    "decoupled": ["--objective", "decoupled"],
+    "e2e": ["--objective", "e2e"],
+    "shuffled": ["--shuffle_rewards"],
+}
+LONGER = "warm + longer QA"
+POST_TRAINED = ["warm", "full", "decoupled", "e2e"]
+ARMS = ["warm", *OBJECTIVES, LONGER, *(f"{start} + QA" for start in POST_TRAINED)]
+
+# The claims as differences between arms. MemTrain + QA and the longer QA see as many steps.
+CLAIMS = {
+    "(a) MemTrain alone": ("full", "warm"),
+    "(b) MemTrain before QA": ("full + QA", "warm + QA"),
+    "(c) the coupled reward, alone": ("full", "decoupled"),
+    "(c) the coupled reward, before QA": ("full + QA", "decoupled + QA"),
+    "(c) recall, alone": ("full", "e2e"),
+    "(c) recall, before QA": ("full + QA", "e2e + QA"),
+    "(d) MemTrain, not more QA": ("full + QA", LONGER),
+    "control": ("shuffled", "warm"),
+}
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # t at 97.5 %, by the number of seeds
+
+# ---------------------------------------------------------------------------------------- running
+
+
+class Study:
+    """Worlds, runs and tables of all seeds, in one folder.
+
+    steps: of MemTrain and of QA; lengths: of the documents asked about, in trained ones;
+    warm_steps: of the warm start. What is there already is not made again.
+    """
+
+    def __init__(self, out, seeds, steps, lengths, warm_steps):
+        self.out, self.seeds, self.steps = Path(out), seeds, steps
+        self.lengths, self.warm_steps = lengths, warm_steps
+
+    def world(self, seed):
+        return self.out / f"tiny-{seed}"
+
+    def questions(self, seed, length):
+        return self.world(seed) / "questions" / f"heldout-{length}x.jsonl"
+
+    def run_folder(self, arm, seed):
+        return self.out / f"{arm}-{seed}".replace(" ", "")
+
+    def model(self, arm, seed):
+        return self.world(seed) / "model" if arm == "warm" else self.run_folder(arm, seed)
+
+    def table(self, arm, seed):
+        return self.run_folder(arm, seed).with_suffix(".json")
+
+    def run(self):
+        """Trains and evaluates all arms."""
+        memtrain = ["--steps", self.steps, "--eval_every", self.steps]
+        longqa = ["--task", "longqa", "--group", 8, "--eval_documents", 0, "--steps"]
+        first, second = [], []
+        for seed in range(self.seeds):
+            first.append((LONGER, seed, "warm", [*longqa, 2 * self.steps]))
+            for arm, flags in OBJECTIVES.items():
+                first.append((arm, seed, "warm", [*memtrain, *flags]))
+            for start in POST_TRAINED:
+                second.append((f"{start} + QA", seed, start, [*longqa, self.steps]))
+
+        # nothing begins before all that it may start from has ended
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.make_world, range(self.seeds)))
+            for arms in first, second:
+                list(pool.map(lambda arm: self.train(*arm), arms))
+
+    def make_world(self, seed):
+        world = self.world(seed)
+        if not world.exists():
+            flags = ["--seed", seed, "--steps", self.warm_steps, "--out", world]
+            self.start(f"{world}.log", "tiny.py", *flags)
+        self.evaluate("warm", seed)
+
+    def train(self, arm, seed, start, flags):
+        folder = self.run_folder(arm, seed)
+        if not self.table(arm, seed).exists():
+            flags = ["--model", self.model(start, seed), "--seed", seed, *flags]
+            self.start(f"{folder}.log", "train.py", *flags, "--resume", "--out", folder)
+            self.evaluate(arm, seed)
+
+    def evaluate(self, arm, seed):
+        table, folder = self.table(arm, seed), self.run_folder(arm, seed)
+        if not table.exists():
+            flags = ["--model", self.model(arm, seed), "--batch", 256, "--data"]
+            for length in self.lengths:
+                flags.append(f"{length}x={self.questions(seed, length)}")
+            self.start(f"{folder}.log", "eval.py", "longqa", *flags, "--out", table)
+
+    def start(self, log, script, *flags):
+        """Runs a script to its end; what it prints goes to a file."""
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(log, "a") as file:
+            run = subprocess.run(command, stdout=file, stderr=file, env=environment)
+        if run.returncode:
+            sys.exit(f"{' '.join(command)} failed: see {log}; started again, the study goes on")
+        print(script, flags[-1], flush=True)
+
+    # ------------------------------------------------------------------------------------ results
+
+    def exact_match(self):
+        """-> {arm: {length: a value for every seed}}, and the same for what needs no model."""
+        names = ["random facts", "guess", *ARMS]
+        results = {name: {length: [] for length in self.lengths} for name in names}
+        for seed in range(self.seeds):
+            tables = {arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in ARMS}
+            for length in self.lengths:
+                rows = data.load_questions(str(self.questions(seed, length)))
+                for name, score in without_model(rows).items():
+                    results[name][length].append(score)
+                for arm in ARMS:
+                    results[arm][length].append(tables[arm][f"{length}x"]["em"][0])
+        return results
+
+    def proxy_tasks(self):
+        """Exact match on held-out documents -> {arm: {column: a value for every seed}}."""
+        columns = "E2E before", "E2E after", "recall before", "recall after"
+        results = {arm: {column: [] for column in columns} for arm in OBJECTIVES}
+        for arm, seed in [(arm, seed) for arm in OBJECTIVES for seed in range(self.seeds)]:
+            lines = (self.run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines()
+            looks = [json.loads(line)["heldout"] for line in lines if "heldout" in line]
+            for when, look in ("before", looks[0]), ("after", looks[-1]):
+                results[arm][f"E2E {when}"].append(look["trajectory"][0])
+                results[arm][f"recall {when}"].append(look["recall"][0])
+        return results
+
+
+def without_model(rows):
+    """Exact match of a memory that is full of random facts, and of a guess."""
+    room = tiny.SETTINGS["memory_tokens"] // tiny.FACT
+    scores = {"random facts": [], "guess": []}
+    for row in rows:
+        rng, question = random.Random(row["id"]), row["question"].split()
+        facts = tiny.read(row["context"].split())
+        kept = [fact for fact in facts if rng.random() < room / len(facts)]
+        for name, memory in ("random facts", sum(kept, [])), ("guess", []):
+            scores[name].append(tiny.answer(question, memory, rng) in row["answers"])
+    return {name: statistics.fmean(values) for name, values in scores.items()}
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def spread(values):
+    """Mean and half of its 95 % interval over seeds (Student's t); None for the half with one seed.
+
+    >>> spread([0.5])
+    (0.5, None)
+    >>> [round(value, 2) for value in spread([0.2, 0.4])]
+    [0.3, 1.27]
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, STUDENT.get(len(values), 2.5) * error
+
+
+def markdown(title, columns, rows):
+    """A table of percents. rows: {name: for every column a value for every seed}."""
+    lines = ["| " + " | ".join([title, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in rows.items():
+        line = f"| {name} |"
+        for mean, half in map(spread, cells):
+            line += f" {100 * mean:.1f}"
+            if half is not None:
+                line += f" ± {100 * half:.1f}"
+            line += " |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def report(results, proxy, lengths):
+    """The tables: exact match by length, the claims as paired differences, the proxy tasks."""
+    # a row: the values by length, then their mean
+    rows = {}
+    for name, by_length in results.items():
+        columns = [by_length[length] for length in lengths]
+        rows[name] = [*columns, [statistics.fmean(values) for values in zip(*columns)]]
+
+    # differences, seed by seed
+    differences = {}
+    for claim, (a, b) in CLAIMS.items():
+        cells = []
+        for ours, theirs in zip(rows[a], rows[b]):
+            cells.append([x - y for x, y in zip(ours, theirs)])
+        differences[f"{claim}: {a} - {b}"] = cells
+
+    columns = [f"{length}x" for length in lengths] + ["mean"]
+    looks = {arm: list(by_column.values()) for arm, by_column in proxy.items()}
+    tables = [
+        markdown("long-text QA, exact match in %", columns, rows),
+        markdown("difference in points, paired by seed", columns, differences),
+        markdown("held-out proxy tasks, exact match in %", list(proxy["full"]), looks),
+    ]
+    return "\n".join(tables)
+
+
+def draw(path, results, lengths):
+    """Exact match by length, after MemTrain alone and after QA."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figure: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    axes[0].set(title="after MemTrain alone", ylabel="exact match in %")
+    axes[1].set(title="after post-training on long-text QA")
+    for name, by_length in results.items():
+        # a colour for every start, grey for what needs no model
+        style, sides = {"color": "grey", "linestyle": ":"}, axes
+        if name in ARMS:
+            color = f"C{ARMS.index(name.split(' + ')[0])}"
+            style = {"color": color, "linestyle": "--" if name == LONGER else "-", "marker": "o"}
+            sides = axes[1:] if "QA" in name else axes[:1]
+        means, halves = [], []
+        for length in lengths:
+            mean, half = spread(by_length[length])
+            means.append(100 * mean)
+            halves.append(100 * (half or 0))
+        for side in sides:
+            side.errorbar(lengths, means, halves, label=name, capsize=2, **style)
+
+    for side in axes:
+        side.set_xscale("log", base=2)
+        side.set(xticks=lengths, xticklabels=[f"{length}x" for length in lengths], ylim=(0, 100))
+        side.set_xlabel("length of the document")
+        side.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="[3]")
+    add("--quick", action="store_true", help="one seed, few steps, short documents")
+    add("--out", help="folder of all runs and results [runs/study, runs/quick-study]")
+    args = parser.parse_args()
+    if args.quick:
+        out = args.out or "runs/quick-study"
+        study = Study(out, seeds=1, steps=4, lengths=[1, 2], warm_steps=100)
+    else:
+        sizes = {"steps": tiny.SETTINGS["steps"], "lengths": tiny.LENGTHS}
+        study = Study(args.out or "runs/study", args.seeds, **sizes, warm_steps=tiny.WARM_STEPS)
+    study.run()
+
+    results, proxy = study.exact_match(), study.proxy_tasks()
+    raw = {"exact match by length": results, "held-out proxy tasks": proxy}
+    (study.out / "results.json").write_text(json.dumps(raw, indent=1) + "\n")
+    text = report(results, proxy, study.lengths)
+    text += "\n± half a 95 % interval over seeds (Student's t); lengths in trained documents\n"
+    (study.out / "report.md").write_text(text)
+    print(text)
+    draw(study.out / "figure.png", results, study.lengths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The study: its arms, its claims and its tables, without training anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import study
+import tiny
+
+
+def test_the_interval_over_seeds_is_students():
+    mean, half = study.spread([0.2, 0.3, 0.7])
+    assert mean == pytest.approx(0.4) and half == pytest.approx(4.303 * 0.26458 / 3**0.5, rel=1e-3)
+    assert study.spread([0.5]) == (0.5, None)
+
+
+def test_random_facts_answer_what_fits_into_memory_and_a_guess_one_in_eight():
+    scores = study.without_model(tiny.questions(600, 13))
+    assert abs(scores["guess"] - 1 / 8) < 0.05 and abs(scores["random facts"] - (1 / 2 + 1 / 2 / 8)) < 0.07
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A study of two seeds whose scripts leave what the real ones would, and the commands in order."""
+    commands = []
+
+    def start(self, log, script, *flags):
+        flags = [str(flag) for flag in flags]
+        commands.append([script, *flags])
+        out = Path(flags[-1])
+        if script == "tiny.py":
+            (out / "questions").mkdir(parents=True)
+            for length in self.lengths:
+                lines = [json.dumps(row) for row in tiny.questions(5, 0, 4 * length)]
+                (out / f"questions/heldout-{length}x.jsonl").write_text("\n".join(lines))
+        elif script == "train.py":
+            out.mkdir()
+            looks = [{"trajectory": [0.25], "recall": [0.5]}, {"trajectory": [0.75], "recall": [0.5]}]
+            lines = [json.dumps({"step": 0, "heldout": look}) for look in looks]
+            (out / "metrics.jsonl").write_text("\n".join(lines))
+        else:
+            table = {f"{n}x": {"em": [0.5, 0.4, 0.6]} for n in self.lengths}
+            out.write_text(json.dumps({"table": table}))
+
+    monkeypatch.setattr(study.Study, "start", start)
+    return study.Study(tmp_path, 2, steps=24, lengths=[1, 2], warm_steps=100), commands
+
+
+def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded):
+    trained, commands = recorded
+    trained.run()
+    assert [script for script, *_ in commands].count("train.py") == 2 * (len(study.ARMS) - 1)
+    assert [script for script, *_ in commands].count("eval.py") == 2 * len(study.ARMS)
+    made = {str(trained.model("warm", seed)) for seed in range(2)}
+    for script, *flags in commands:
+        if script == "train.py":
+            assert flags[flags.index("--model") + 1] in made and flags[-2] == "--out"
+            made.add(flags[-1])
+    assert len(made) == 2 * len(study.ARMS)
+    assert {arm for pair in study.CLAIMS.values() for arm in pair} <= {*study.ARMS}
+
+
+def test_a_finished_study_starts_nothing_again(recorded):
+    trained, commands = recorded
+    trained.run()
+    count = len(commands)
+    trained.run()
+    assert len(commands) == count
+
+
+def test_results_are_gathered_from_the_tables_and_metrics_of_all_seeds(recorded):
+    trained, _ = recorded
+    trained.run()
+    results, proxy = trained.exact_match(), trained.proxy_tasks()
+    assert results["full + QA"] == {1: [0.5, 0.5], 2: [0.5, 0.5]} and set(results) > set(study.ARMS)
+    assert proxy["e2e"] == {
+        "E2E before": [0.25] * 2, "E2E after": [0.75] * 2, "recall before": [0.5] * 2, "recall after": [0.5] * 2
+    }  # fmt: skip
+
+
+def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
+    results = {name: {1: [0.1, 0.5, 0.9], 2: [0.1, 0.5, 0.9]} for name in study.ARMS}
+    results["full"] = {1: [0.2, 0.6, 1.0], 2: [0.1, 0.5, 0.9]}
+    looks = {"E2E before": [0.25] * 3, "E2E after": [0.75] * 3, "recall before": [0.5] * 3, "recall after": [0.5] * 3}
+    lines = study.report(results, dict.fromkeys(("full", "e2e"), looks), [1, 2]).splitlines()
+    assert "| full | 60.0 ± 99.3 | 50.0 ± 99.3 | 55.0 ± 99.3 |" in lines
+    assert "| (a) MemTrain alone: full - warm | 10.0 ± 0.0 | 0.0 ± 0.0 | 5.0 ± 0.0 |" in lines
+    assert "| e2e | 25.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
+
+
+def test_a_script_that_fails_is_named_with_its_log(tmp_path):
+    broken = study.Study(tmp_path, 1, steps=1, lengths=[1], warm_steps="many")
+    with pytest.raises(SystemExit, match=r"tiny.py .* failed: see .*tiny-0.log; started again, the study goes on"):
+        broken.run()
+    assert "many" in (tmp_path / "tiny-0.log").read_text()

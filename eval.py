@@ -44,11 +44,11 @@ SCORES = {
     "f1": rewards.token_f1,
     "memagent_sub_em": rewards.memagent_sub_em,
 }
-SETTINGS = [  # flags of train.py that are flags here
-    *("chunk_tokens", "memory_tokens", "answer_tokens", "prompt_order", "kv_tokens", "segment"),
-    *("retriever", "encoder", "passages", "result_tokens", "objectives", "turns"),
-    *("eval_documents", "seed"),
-]
+# flags of train.py that are flags here
+SETTINGS = (
+    "chunk_tokens memory_tokens answer_tokens prompt_order kv_tokens segment retriever encoder "
+    "passages result_tokens objectives turns eval_documents seed"
+).split()
 
 # ------------------------------------------------------------------------ command line and model
 
@@ -134,6 +134,7 @@ class WholeReader(Asker):
                 f"--answer_tokens {answer_tokens} leaves no room for a document in the model's "
                 f"context of {context} tokens: lower it"
             )
+        self.document_tokens = len(document)
         self.document_cut = len(document) > room
         if self.document_cut:
             head, tail = (room + 1) // 2, room // 2
@@ -177,7 +178,10 @@ def record_of(agent, row):
         "tokens": sum(sizes),
         "peak_context": max(sizes),
     }
+    if isinstance(agent, Reader):
+        record["document_tokens"] = sum(map(len, agent.chunks))
     if isinstance(agent, WholeReader):
+        record["document_tokens"] = agent.document_tokens
         record["document_cut"] = float(agent.document_cut)
     if isinstance(agent, Searcher):
         record |= {"searches": agent.searches, "malformed": float(agent.malformed)}
@@ -359,7 +363,7 @@ def write_questions(out, sets, records):
 
 
 def curves(args):
-    """One picture: exact match of runs by step, and of longqa tables by tokens read."""
+    """One picture: exact match of runs by step, and of longqa tables by length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -378,13 +382,14 @@ def curves(args):
         else:
             # a dot for every length
             table = json.loads(path.read_text()).get("table", {})
-            scores = {row["tokens"]: row["em"] for row in table.values() if "tokens" in row}
+            rows = [row for row in table.values() if "document_tokens" in row]
+            scores = {row["document_tokens"]: row["em"] for row in rows}
             if not scores:
                 raise ValueError(f"{path}: not a table that eval.py longqa wrote")
             dots(right, scores, path.stem)
 
     left.set(xlabel="step", ylabel="exact match (line: training, dots: held-out)", ylim=(0, 1))
-    right.set(xlabel="tokens read", ylabel="exact match", xscale="log", ylim=(0, 1))
+    right.set(xlabel="tokens of the document", ylabel="exact match", xscale="log", ylim=(0, 1))
     for axes in (left, right):
         if axes.has_data():
             axes.legend()

@@ -582,25 +582,24 @@ class Sampler:
         cache = StaticCache(config=self.model.config, max_cache_len=columns)
         if left.shape[1]:
             once = DynamicCache(config=self.model.config)
-            self._generate(left, left_mask, once, 1)
+            piece = max(PREFILL // left.numel(), 1)
+            self._generate(left, left_mask, once, 1, piece=piece)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])
                 read.keys = read.values = None  # or the memory would hold both
         return ids, mask, cache
 
-    def _generate(self, ids, mask, cache, new_tokens, processors=()):
-        """`generate`, in pieces while it reads: the mask of a long prompt would be as large as the
-        square of it. -> ids with the new ones"""
+    def _generate(self, ids, mask, cache, new_tokens, processors=(), piece=None):
+        """`generate`. -> ids with the new ones; piece: columns that are read at a time."""
         from transformers import LogitsProcessorList
 
-        pieces = None if cache is None else max(PREFILL // ids.numel(), 1)
         return self.model.generate(
             ids,
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=new_tokens,
-            prefill_chunk_size=pieces,
+            prefill_chunk_size=piece,
             logits_processor=LogitsProcessorList(processors),
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
         )

@@ -497,6 +497,9 @@ def settings(out):
 
 def make(out, seed=0, steps=WARM_STEPS):
     """Writes the folder `out`, whole or not at all."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one bar, ours
     files = {
         "questions/train": questions(2048, f"train {seed}"),
         "passages": passages(seed),
@@ -538,8 +541,6 @@ def show():
 
 @distributed.one_line_errors()
 def main(argv=None):
-    import transformers
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -549,12 +550,13 @@ def main(argv=None):
     help = f"of the warm start [{WARM_STEPS}]"
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        raise ValueError("--steps: the warm start takes at least 1")
     if args.command == "show":
         show()
     elif Path(args.out).exists():
         print(f"{args.out} is there already: delete it to make it anew")
     else:
-        transformers.utils.logging.disable_progress_bar()  # there is one bar, ours
         make(args.out, args.seed, args.steps)
         print(
             f"{args.out}/model        the warm-started model, with its prompts and settings\n"

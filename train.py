@@ -49,6 +49,11 @@ AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
+# sizes that travel with a checkpoint: of reading, of searching
+SIZES = (
+    "chunk_tokens memory_tokens answer_tokens prompt_order".split(),
+    "answer_tokens result_tokens passages objectives turns".split(),
+)
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
 
 
@@ -152,6 +157,8 @@ def parse(argv=None):
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     given["out"] = given.get("out") or f"runs/{given.get('task', Config.task)}"
+    if "model" in given:
+        given["model"] = distributed.checkpoint_path(given["model"])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         given["resume"] = True  # torchrun --max-restarts started the ranks again
 
@@ -184,6 +191,9 @@ def configure(given):
         raise ValueError(f"--model {model} is not there: make it with: python tiny.py")
     settings = model_settings(model).get("settings", {})
     settings = settings.get("all", {}) | settings.get(task, {})
+    unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
     cfg = Config(**TASKS[task].defaults | settings | given | {"model": model})
     if cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
@@ -755,7 +765,8 @@ def log(cfg, metrics, transcripts=()):
 
 def read_metrics(run):
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    with Path(run, "metrics.jsonl").open() as file:
+        return [json.loads(line) for line in file]
 
 
 def open_out(cfg, done):
@@ -770,9 +781,9 @@ def open_out(cfg, done):
         with data.whole_or_nothing(out / "config.json") as partial:
             partial.write_text(json.dumps(record, indent=2) + "\n")
         for file in (out / "metrics.jsonl", out / "samples.jsonl"):
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            lines = file.open().readlines() if done and file.exists() else []
             whole = [line for line in lines if line.endswith("\n")]  # the last may be broken off
-            kept = [line for line in whole if done and json.loads(line)["step"] <= done]
+            kept = [line for line in whole if json.loads(line)["step"] <= done]
             with data.whole_or_nothing(file) as partial:
                 partial.write_text("".join(kept))
     torch.distributed.barrier()
@@ -895,10 +906,13 @@ def open_reference(cfg, policy, device):
 
 
 def save(cfg, policy, optimizer, tokenizer, step):
-    """A checkpoint that brings the model's prompts and settings along."""
-    files, given = {}, model_settings(cfg.model)
-    if given:
-        files["memtrain.json"] = json.dumps(given, indent=2, ensure_ascii=False) + "\n"
+    """A checkpoint that brings the model's prompts and settings along, and the run's sizes."""
+    given = model_settings(cfg.model)
+    settings = given.setdefault("settings", {})
+    sizes = {name: getattr(cfg, name) for name in SIZES[cfg.task == "searchqa"]}
+    place = cfg.task if cfg.task == "searchqa" else "all"  # what reads shares its sizes
+    settings[place] = settings.get(place, {}) | sizes
+    files = {"memtrain.json": json.dumps(given, indent=2) + "\n"}
     distributed.save_checkpoint(cfg.out, step, policy, optimizer, tokenizer, cfg.keep, files)
 
 

@@ -73,7 +73,7 @@ def facts(count, gold=True):
 def records_of(folder, tokenizer, rows, sampler=FindsInMemory, command="longqa", **flags):
     """What eval.py records of a set named facts, with a scripted model in a context of 4096 tokens."""
     out = str(folder / "table.json")
-    Path(f"{out}.parts").mkdir(exist_ok=True)
+    Path(f"{out}.parts").mkdir(exist_ok=True, parents=True)
     args = Namespace(
         **{"command": command, "mode": "memory", "samples": 1, "batch": 5, "out": out, **flags}
     )
@@ -198,20 +198,21 @@ def test_a_whole_document_is_cut_in_the_middle_to_the_context_and_says_so(tokeni
         read(20)
 
 
-def test_full_context_shows_the_document_in_one_turn_and_memory_mode_in_many(
+def test_full_context_shows_in_one_turn_the_document_that_memory_mode_reads_in_many(
     alone, tokenizer, tmp_path
 ):
-    seen = []
+    seen, rows = [], facts(9)[:1]
 
     class Records(FindsInMemory):
         def respond(self, text):
             seen.append(text)
             return ""
 
-    (record,) = records_of(tmp_path, tokenizer, facts(9)[:1], Records, mode="full_context")
-    assert (
-        record["turns"] == 1 and record["document_cut"] == 0 and facts(9)[0]["context"] in seen[0]
-    )
+    (whole,) = records_of(tmp_path / "whole", tokenizer, rows, Records, mode="full_context")
+    assert whole["turns"] == 1 and whole["document_cut"] == 0
+    assert rows[0]["context"] in seen[0]
+    (memory,) = records_of(tmp_path / "memory", tokenizer, rows)
+    assert memory["turns"] > 2 and memory["document_tokens"] == whole["document_tokens"]
 
 
 def test_the_filter_asks_without_the_context_and_drops_what_is_known(
@@ -427,8 +428,8 @@ def test_curves_draw_runs_and_tables(tmp_path, capsys):
             "".join(json.dumps(line) + "\n" for line in lines)
         )
     rows = {
-        "a": {"em": [0.5, 0.4, 0.6], "tokens": 100},
-        "b": {"em": [0.4, 0.3, 0.5], "tokens": 200},
+        "a": {"em": [0.5, 0.4, 0.6], "document_tokens": 100},
+        "b": {"em": [0.4, 0.3, 0.5], "document_tokens": 200},
     }
     (tmp_path / "t.json").write_text(
         json.dumps({"table": {**rows, "average": {"em": [0.4, 0.3, 0.5]}}})

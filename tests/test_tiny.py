@@ -1,15 +1,15 @@
-"""The pocket world: is it what its docstrings promise, held against plain searches through text and encyclopedia?"""
+"""The pocket world: is it what it promises, held against plain searches through its texts?"""
 
-import json
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 import data
-import distributed
 import grpo
 import rewards
 import tiny
@@ -32,6 +32,12 @@ def facts_of(text):
     return [tuple(words[i : i + 3]) for i in range(0, len(words), 3)]
 
 
+def places_of(subject, text):
+    """The numbers of the chunks that say something about it."""
+    facts = facts_of(text)
+    return [i // tiny.FACTS_PER_CHUNK for i, fact in enumerate(facts) if fact[0] == subject]
+
+
 def ask(prompts, name, limit=99, key=(0, 0, 0), **fields):
     """What the oracle writes when it is asked with this template."""
     ids = getattr(prompts, name)(**{field: prompts.encode(text) for field, text in fields.items()})
@@ -40,12 +46,13 @@ def ask(prompts, name, limit=99, key=(0, 0, 0), **fields):
     return prompts.text(response.ids).strip()
 
 
-# --------------------------------------------------------------------------------------------- tokenizer and model
+# ------------------------------------------------------------------------------ tokenizer and model
 
 
 def test_tokens_of_the_world_come_back_up_to_blanks_and_offsets_point_at_them(tok):
     document = tiny.documents(3, 1, chunks=9)[2]["text"]
-    for text in [document, tiny.questions(1, 1)[0]["context"], tiny.passages(1)[5]["text"], tiny.PROBLEM]:
+    context, passage = tiny.questions(1, 1)[0]["context"], tiny.passages(1)[5]["text"]
+    for text in [document, context, passage, tiny.PROBLEM]:
         encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
         assert "".join(tok.decode(encoded["input_ids"]).split()) == "".join(text.split())
         pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
@@ -57,16 +64,15 @@ def test_tags_and_boxes_are_single_ordinary_tokens(tok):
     pieces = tok("</memory>\\boxed{Ada}<think>", add_special_tokens=False).tokens()
     assert pieces == ["</memory>", "\\boxed{", "Ada", "}", "<think>"]
     assert set(tok.all_special_tokens) == {"<pad>", "<unk>", "<|im_start|>", "<|im_end|>"}
-    assert tok.decode(tok("<memory>Ada</memory><|im_end|>")["input_ids"], skip_special_tokens=True) == (
-        "<memory> Ada </memory>"
-    )
+    ids = tok("<memory>Ada</memory><|im_end|>")["input_ids"]
+    assert tok.decode(ids, skip_special_tokens=True) == "<memory> Ada </memory>"
 
 
 def test_every_template_is_made_of_known_words_only(tok, prompts):
     for name in tiny.TEMPLATES:
         for literal in getattr(prompts, name).literals:
             assert tok.unk_token_id not in literal, name
-    for text in ("No previous memory", "nothing found", "Passage 3 (title: Ada) Ada likes tea", "Ada owns what ?; 7"):
+    for text in ("No previous memory", "nothing found", "Passage 3 (title: Ada) 7", "what ?; Ada"):
         assert tok.unk_token_id not in prompts.encode(text)
 
 
@@ -77,7 +83,7 @@ def test_the_model_is_small_and_a_function_of_its_seed(tok):
     assert any((p != q).any() for p, q in zip(a.parameters(), c.parameters()))
 
 
-# ------------------------------------------------------------------------------------- encyclopedia and documents
+# ----------------------------------------------------------------------- encyclopedia and documents
 
 
 def test_any_two_clues_leave_one_city_and_one_clue_leaves_five():
@@ -93,16 +99,15 @@ def test_any_two_clues_leave_one_city_and_one_clue_leaves_five():
 @pytest.mark.parametrize("chunks", [2, 3, 7, 96])
 def test_the_clues_of_a_document_leave_exactly_its_answer(chunks):
     for row in tiny.documents(40, 3, chunks):
-        clues = [(verb, thing) for subject, verb, thing in facts_of(row["text"]) if subject == data.MASK]
-        fits = [city for city, says in tiny.ENCYCLOPEDIA.items() if set(clues) <= set(says.items())]
+        clues = {fact[1:] for fact in facts_of(row["text"]) if fact[0] == data.MASK}
+        fits = [city for city, says in tiny.ENCYCLOPEDIA.items() if clues <= {*says.items()}]
         assert len(clues) == 2 and fits == [row["answer"]] and row["answer"] not in row["text"]
 
 
 def test_clues_stand_in_different_chunks():
     for row in tiny.documents(40, 3, 5):
-        facts = facts_of(row["text"])
-        homes = [i // tiny.FACTS_PER_CHUNK for i, fact in enumerate(facts) if fact[0] == data.MASK]
-        assert len(facts) == 5 * tiny.FACTS_PER_CHUNK and len(set(homes)) == len(homes)
+        assert len(facts_of(row["text"])) == 5 * tiny.FACTS_PER_CHUNK
+        assert len(set(places_of(data.MASK, row["text"]))) == 2
 
 
 def test_entities_are_exactly_the_subjects_and_objects_of_the_text():
@@ -128,27 +133,29 @@ def test_nobody_contradicts_himself_and_facts_of_a_document_are_unique():
 def test_a_fifth_of_a_document_is_about_cities():
     facts = [fact for row in tiny.documents(50, 2, 16) for fact in facts_of(row["text"])]
     assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * 6
-    assert all(tiny.ENCYCLOPEDIA[city][verb] == thing for city, verb, thing in facts if city in tiny.CITIES)
+    for city, verb, thing in facts:
+        assert city not in tiny.CITIES or tiny.ENCYCLOPEDIA[city][verb] == thing
 
 
-# ------------------------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 
 
 def test_a_question_is_answered_by_its_context_and_by_nothing_else():
     answers = {}
     for row in tiny.questions(400, 6):
-        person, verb = row["question"].split()[:2]
-        assert row["answers"] == [fact[2] for fact in facts_of(row["context"]) if fact[:2] == (person, verb)]
-        answers.setdefault(verb, set()).update(row["answers"])
-    assert {verb: set(things) for verb, things in tiny.HABITS.items()} == answers  # the verb leaves all things open
+        asked = tuple(row["question"].split()[:2])
+        assert row["answers"] == [fact[2] for fact in facts_of(row["context"]) if fact[:2] == asked]
+        answers.setdefault(asked[1], set()).update(row["answers"])
+    for verb, things in tiny.HABITS.items():  # which the verb alone leaves open
+        assert answers[verb] == set(things)
 
 
 @pytest.mark.parametrize("chunks", [4, 64])
 def test_the_person_asked_about_has_two_facts_in_different_chunks_at_any_length(chunks):
     for row in tiny.questions(40, 6, chunks):
-        facts, person = facts_of(row["context"]), row["question"].split()[0]
-        homes = [i // tiny.FACTS_PER_CHUNK for i, fact in enumerate(facts) if fact[0] == person]
-        assert len(facts) == chunks * tiny.FACTS_PER_CHUNK and len(homes) == len(set(homes)) == 2
+        places = places_of(row["question"].split()[0], row["context"])
+        assert len(places) == len(set(places)) == 2
+        assert len(facts_of(row["context"])) == chunks * tiny.FACTS_PER_CHUNK
 
 
 def test_search_questions_are_answered_by_the_passages_of_their_seed():
@@ -163,36 +170,43 @@ def test_search_questions_are_answered_by_the_passages_of_their_seed():
     assert tiny.passages(7) != tiny.passages(8)
 
 
-# ---------------------------------------------------------------------------------------------------------- oracle
+# ------------------------------------------------------------------------------------------- oracle
+
+
+def boxed(answer):
+    return f"\\boxed{{ {answer} }}"
 
 
 def test_the_oracle_answers_rightly_from_full_memories(prompts):
     for row in tiny.documents(50, 8):
-        assert ask(prompts, "answer", problem=tiny.PROBLEM, memory=row["text"]) == f"\\boxed{{ {row['answer']} }}"
+        answer = ask(prompts, "answer", problem=tiny.PROBLEM, memory=row["text"])
+        assert answer == boxed(row["answer"])
         start, end = row["entities"][3]
         section = row["text"][:start] + data.TARGET + row["text"][end:]
-        recalled = ask(prompts, "recall", memory=row["text"], section=section)
-        assert recalled == f"\\boxed{{ {row['text'][start:end]} }}"
+        answer = ask(prompts, "recall", memory=row["text"], section=section)
+        assert answer == boxed(row["text"][start:end])
     for row in tiny.questions(50, 8):
         answer = ask(prompts, "answer", problem=row["question"], memory=row["context"])
-        assert answer == f"\\boxed{{ {row['answers'][0]} }}"
+        assert answer == boxed(row["answers"][0])
 
 
 def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells(prompts):
-    memory = "No previous memory"
-    found = ask(prompts, "recall", memory=memory, section="Alda sells [TARGET]")
-    assert found == f"\\boxed{{ {tiny.ENCYCLOPEDIA['Alda']['sells']} }}"
-    for section, options in [("Ada likes [TARGET]", tiny.HABITS["likes"]), ("[TARGET] owns cat", tiny.PEOPLE)]:
-        guesses = {ask(prompts, "recall", key=(i,), memory=memory, section=section) for i in range(200)}
-        assert guesses == {f"\\boxed{{ {option} }}" for option in options}
+    def recalls(section):
+        fields = {"memory": "No previous memory", "section": section}
+        return {ask(prompts, "recall", key=(i,), **fields) for i in range(200)}
+
+    assert recalls("Alda sells [TARGET]") == {boxed(tiny.ENCYCLOPEDIA["Alda"]["sells"])}
+    assert recalls("Ada likes [TARGET]") == {boxed(thing) for thing in tiny.HABITS["likes"]}
+    assert recalls("[TARGET] owns cat") == {boxed(person) for person in tiny.PEOPLE}
 
 
 def test_the_oracle_reads_whole_texts_and_guesses_without_any(prompts):
     row = tiny.questions(1, 8)[0]
-    whole = ask(prompts, "whole", problem=row["question"], section=row["context"])
-    assert whole == f"\\boxed{{ {row['answers'][0]} }}"
-    guesses = {ask(prompts, "closed_book", problem=row["question"], key=(i,)) for i in range(60)}
-    assert len(guesses) == len(tiny.HABITS[row["question"].split()[1]])
+    problem, verb = row["question"], row["question"].split()[1]
+    whole = ask(prompts, "whole", problem=problem, section=row["context"])
+    assert whole == boxed(row["answers"][0])
+    guesses = {ask(prompts, "closed_book", problem=problem, key=(i,)) for i in range(60)}
+    assert guesses == {boxed(thing) for thing in tiny.HABITS[verb]}
 
 
 def test_a_memory_holds_whole_facts_that_were_read_in_their_order_the_old_ones_all(prompts):
@@ -206,28 +220,37 @@ def test_a_memory_holds_whole_facts_that_were_read_in_their_order_the_old_ones_a
         assert len(facts_of(short)) == 3  # three facts and the end token
 
 
+def shares(cases):
+    """Of cases (text, word, facts that were written): how many of the facts about the word were
+    written, and how many of the others."""
+    written = {True: [], False: []}
+    for text, word, facts in cases:
+        for fact in facts_of(text):
+            written[fact[0] == word].append(fact in facts)
+    return [sum(written[about]) / len(written[about]) for about in (True, False)]
+
+
 def test_the_oracle_drops_any_fact_alike_whatever_the_question():
-    survived = {True: [], False: []}
+    cases = []
     for i, row in enumerate(tiny.documents(400, 10)):
-        facts, rng = facts_of(row["text"]), random.Random(i)
-        written = facts_of(" ".join(tiny.update(tiny.PROBLEM.split(), row["text"].split(), [], 5, rng)))
-        assert len(written) == 5
-        for fact in facts:
-            survived[fact[0] == data.MASK].append(fact in written)
-    share = {about: sum(kept) / len(kept) for about, kept in survived.items()}
-    assert abs(share[True] - 5 / 8) < 0.06 and abs(share[False] - 5 / 8) < 0.04
+        words, problem = row["text"].split(), tiny.PROBLEM.split()
+        memory = tiny.update(problem, words, [], room=5, rng=random.Random(i))
+        assert len(memory) == 5 * tiny.FACT
+        cases.append((row["text"], data.MASK, facts_of(" ".join(memory))))
+    asked, others = shares(cases)
+    assert abs(asked - 5 / 8) < 0.06 and abs(others - 5 / 8) < 0.04
 
 
 def test_the_oracle_takes_up_more_of_what_the_problem_names(prompts):
-    taken = {True: [], False: []}
-    rows = [(tiny.PROBLEM, row["text"], data.MASK) for row in tiny.documents(300, 12)]
-    rows += [(row["question"], row["context"], row["question"].split()[0]) for row in tiny.questions(300, 12)]
-    for i, (problem, text, named) in enumerate(rows):
-        written = facts_of(ask(prompts, "update", key=(i,), problem=problem, memory="", section=text))
-        for fact in facts_of(text):
-            taken[fact[0] == named].append(fact in written)
-    share = {about: sum(kept) / len(kept) for about, kept in taken.items()}
-    assert abs(share[True] - tiny.KEEP_ASKED) < 0.06 and abs(share[False] - tiny.KEEP) < 0.04
+    rows = [(tiny.PROBLEM, data.MASK, row["text"]) for row in tiny.documents(300, 12)]
+    for row in tiny.questions(300, 12):
+        rows.append((row["question"], row["question"].split()[0], row["context"]))
+    cases = []
+    for i, (problem, word, text) in enumerate(rows):
+        memory = ask(prompts, "update", key=(i,), problem=problem, memory="", section=text)
+        cases.append((text, word, facts_of(memory)))
+    asked, others = shares(cases)
+    assert abs(asked - tiny.KEEP_ASKED) < 0.06 and abs(others - tiny.KEEP) < 0.04
 
 
 def test_the_oracle_is_a_function_of_prompt_and_key(prompts):
@@ -244,13 +267,16 @@ def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(prompts, 
     problem = "Ada likes what ? ; Ben owns what ?"
     first = ask(prompts, "search", problem=problem, previous="", turns="6")
     assert first == "<think> </think> <search> Ada likes </search>"
-    previous, closing = prompts.encode("Ada owns cat Ada likes tea"), prompts.information
 
     def after(text, found, turns):
-        ids = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
-        previous = [*ids, *closing[0], *prompts.encode(found), *closing[1]]
-        ids = prompts.search(problem=prompts.encode(problem), previous=previous, turns=prompts.encode(turns))
-        return prompts.text(tiny.oracle([ids], [99], [(0,)])[0].ids).strip()
+        """The next turn, after one with this text and these results."""
+        before, behind = prompts.information
+        previous = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+        previous += [*before, *prompts.encode(found), *behind]
+        fields = {"problem": prompts.encode(problem), "turns": prompts.encode(turns)}
+        ids = prompts.search(previous=previous, **fields)
+        (response,) = tiny.oracle([ids], [99], [(0,)])
+        return prompts.text(response.ids).strip()
 
     second = after(first, "Ada owns cat Ada likes tea", "5")
     assert second == "<think> Ada likes tea </think> <search> Ben owns </search>"
@@ -259,14 +285,15 @@ def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(prompts, 
     assert "<answer>" in ask(prompts, "search", problem=problem, previous="", turns="1")
 
 
-# ------------------------------------------------------------------------------------------------------ warm start
+# --------------------------------------------------------------------------------------- warm start
 
 
 def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
     turns = tiny.demonstrations(prompts, "test", count=4, chunks=3)
-    kinds = [kind for kind, _ in turns]
-    assert kinds.count("update") == 2 * 4 * 3 and kinds.count("answer") == 2 * 4 and kinds.count("recall") == 4 * 2
-    assert 2 * 2 < kinds.count("search") <= 2 * train.Config().turns
+    kinds = Counter(kind for kind, _ in turns)
+    searches = kinds.pop("search")
+    assert kinds == {"update": 2 * 4 * 3, "answer": 2 * 4, "recall": 4 * 2}
+    assert 2 * 2 < searches <= 2 * train.Config().turns
     for kind, turn in turns:  # a searcher's turn ends at its closing tag
         assert kind == "search" or turn.response_ids[-1] == prompts.tokenizer.eos_token_id
     assert turns != tiny.demonstrations(prompts, "another", count=4, chunks=3)
@@ -280,7 +307,7 @@ def test_a_short_warm_start_imitates_better_than_no_warm_start(prompts):
     assert tiny.imitation_loss(grpo.Policy(lm), turns).item() < 0.6 * before
 
 
-# ------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 @pytest.fixture(scope="module")
@@ -329,20 +356,20 @@ def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made)
         assert any(f"{person} {verb}" in passage["text"] for passage in passages)
 
 
-def test_the_model_folder_loads_with_its_prompts(made, alone):
+def test_the_model_folder_loads_with_its_prompts(made, alone, prompts):
     cfg = configure(made, "searchqa")
     policy, tokenizer = train.open_policy(cfg.model, alone)
     setup = train.open_setup(cfg, policy, tokenizer, temperature=1.0)
     assert policy.shares and tokenizer.get_vocab() == tiny.ID
     assert setup.prompts.text(setup.prompts.problem) == tiny.PROBLEM
-    assert setup.prompts.recall.literals == Prompts(tiny.tokenizer(), tiny.TEMPLATES).recall.literals
+    assert setup.prompts.recall.literals == prompts.recall.literals
 
 
 def test_a_folder_that_is_there_is_left_alone(made, capsys):
-    before = distributed.load_model(f"{made}/model", "auto")[0].model.norm.weight
+    before = Path(made, "passages.jsonl").stat()
     tiny.main(["--out", made, "--steps", "1", "--seed", "9"])
     assert "is there already" in capsys.readouterr().out
-    assert (distributed.load_model(f"{made}/model", "auto")[0].model.norm.weight == before).all()
+    assert Path(made, "passages.jsonl").stat() == before
 
 
 def test_nothing_is_left_behind_by_a_warm_start_that_fails(tmp_path, monkeypatch):
@@ -356,8 +383,3 @@ def test_the_demo_shows_a_document_and_how_the_oracle_answers():
     command = [sys.executable, tiny.__file__, "show"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "[MASK] is " in shown and "<memory>" in shown and rewards.extract_boxed(shown)
-
-
-def test_what_the_folder_says_of_the_flags_is_plain_json(made):
-    with open(f"{made}/model/memtrain.json") as file:
-        assert json.load(file) == json.loads(json.dumps(tiny.settings(made)))

@@ -88,6 +88,12 @@ def test_explicit_flags_win_over_the_models_settings_and_those_over_the_tasks(tm
     assert (cfg.lr, cfg.data, cfg.aggregate) == (0.1, ["y"], "sequence")
 
 
+def test_a_setting_that_is_no_flag_is_named(tmp_path):
+    (tmp_path / "memtrain.json").write_text('{"settings": {"all": {"chunk_token": 5}}}')
+    with pytest.raises(ValueError, match="chunk_token: no such flag"):
+        train.configure({"model": str(tmp_path), "data": ["x"]})
+
+
 # -------------------------------------------------------------------------------------------- data of a step
 
 
@@ -333,7 +339,9 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     chat = [{"role": "user", "content": "Ada likes tea"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
-    assert train.configure({"model": "run"}).data == train.configure({"model": pocket_model}).data
+    cfg = train.configure({"model": "run"})
+    assert cfg.data == train.configure({"model": pocket_model}).data and cfg.memory_tokens == 8
+    assert train.configure({"model": "run", "task": "searchqa"}).answer_tokens == 24
 
 
 def test_the_sampler_and_the_training_forward_agree_on_every_token(pocket_model, tmp_path, monkeypatch, signals):
@@ -387,8 +395,8 @@ def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
 
 
 def learn(monkeypatch, folder, pocket_model, *flags):
-    """Fifteen steps in which an answer earns 1 when its first word is a city's, whatever the document: what an
-    untrained model can stumble on. -> the mean reward of the first step and of the last five"""
+    """Eight steps in which an answer earns 1 when its first word is a city's, whatever the document: what an
+    untrained model can stumble on. -> the mean reward of the first step and of the last three"""
     cities = {city.lower() for city in tiny.CITIES}
 
     def starts_with_a_city(answer, golds):
@@ -398,10 +406,10 @@ def learn(monkeypatch, folder, pocket_model, *flags):
     monkeypatch.setattr(rewards, "answer_reward", starts_with_a_city)
     sizes = ["--documents_per_step", "16", "--documents_per_update", "16", "--group", "8", "--objective", "e2e"]
     sizes += ["--memory_tokens", "2", "--answer_tokens", "1", "--chunk_tokens", "24", "--eval_documents", "0"]
-    course = ["--steps", "15", "--kl", "0", "--lr", "3e-4", "--warmup_steps", "1"]
+    course = ["--steps", "8", "--kl", "0", "--lr", "3e-4", "--warmup_steps", "1"]
     start(["--model", pocket_model, *sizes, *course, *flags, "--out", "run"], folder, monkeypatch)
     earned = [line["R_E"] for line in metrics_of("run")]
-    return earned[0], sum(earned[-5:]) / 5
+    return earned[0], sum(earned[-3:]) / 3
 
 
 def test_the_loop_learns_what_is_rewarded(monkeypatch, tmp_path, pocket_model, signals):
@@ -411,7 +419,7 @@ def test_the_loop_learns_what_is_rewarded(monkeypatch, tmp_path, pocket_model, s
 
 def test_nothing_is_learned_from_shuffled_rewards(monkeypatch, tmp_path, pocket_model, signals):
     before, after = learn(monkeypatch, tmp_path, pocket_model, "--shuffle_rewards")
-    assert before < 0.35 and after < 0.5
+    assert before < 0.35 and after < 0.55
 
 
 # ------------------------------------------------------------------------------------------------- reporting

@@ -205,7 +205,7 @@ def kv_budget(lm, device, trained=True):
             f"the model leaves no memory for a rollout ({-free / 1e9:.1f} GB short on a GPU): "
             "use more GPUs, or a smaller model"
         )
-    config = lm.config
+    config = lm.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_token = 2 * width * config.num_hidden_layers * config.num_key_value_heads * head
     return int(0.75 * free / bytes_per_token)

@@ -224,7 +224,7 @@ def run_set(args, setup, policy, name, rows):
     rank, world = distributed.rank(), distributed.world_size()
     mine = missing[rank::world]
 
-    context = policy.lm.config.max_position_embeddings
+    context = policy.lm.config.get_text_config().max_position_embeddings
     bar = tqdm(total=len(missing), desc=name, disable=rank > 0)
     path = Path(f"{args.out}.parts", f"{name}.rank{rank}.jsonl")
     with torch.no_grad(), gathered(policy), path.open("a") as file:

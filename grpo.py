@@ -312,7 +312,7 @@ class Policy(nn.Module):
 
         Soft caps, scaled logits and whatever else a row would leave out show there; windows and
         state-space layers stand in the config."""
-        config = self.lm.config
+        config = self.lm.config.get_text_config()
         layers = set(getattr(config, "layer_types", None) or [])
         if getattr(config, "sliding_window", None) or layers - {"full_attention"}:
             return False
@@ -342,10 +342,10 @@ class Policy(nn.Module):
         for prompt, response in zip(prompts, responses):
             ids = torch.tensor([prompt + response], device=self.lm.device)
             # the logits from the prompt's last token on predict the response
-            logits = self.lm(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+            keep = len(response)
+            logits = self.lm(ids[:, :-1], use_cache=False, logits_to_keep=keep).logits[0]
             logps = (logits.float() / temperature).log_softmax(-1)
-            targets = ids[0, len(prompt) :, None]
-            result.append(logps.gather(-1, targets)[:, 0])
+            result.append(logps.gather(-1, ids[0, -keep:, None])[:, 0])
         return result
 
     def _rows(self, prompts, responses, temperature):

@@ -233,8 +233,8 @@ def arrange(hints, chunks, rng):
 
 
 def deal_habits(hints, rng):
-    """A habit for every person and verb, dealt like cards, so that the people, verbs and things of
-    a short document differ; the verbs of the hints come last."""
+    """A habit for every person and verb, dealt like cards, so that the verbs and things of a short
+    document differ; the verbs of the hints come last."""
     people, things = {}, {}
     for verb, values in HABITS.items():
         people[verb] = rng.sample(PEOPLE, len(PEOPLE))
@@ -534,7 +534,8 @@ def show():
     prompts = Prompts(tokenizer(), TEMPLATES, PROBLEM)
     (row,) = documents(1, "shown")
     print(f"{row['text']}\n\n{MASK} is {row['answer']}\n")
-    for kind, turn in demonstrations(prompts, "shown", 1, CHUNKS):
+    turns = demonstrations(prompts, "shown", 1, CHUNKS)
+    for kind, turn in sorted(turns, key=lambda pair: pair[0] == "recall"):  # recalls last
         print(kind, "|", prompts.text(turn.prompt_ids))
         print("    ", prompts.text(turn.response_ids), "\n")
 

@@ -279,7 +279,8 @@ def open_search(cfg):
 def check_budget(setup, rows, lm):
     """Nothing may outgrow the model's context; the numbers are known before the run."""
     cfg = setup.cfg
-    longest, context = TASKS[cfg.task].longest(setup, rows), lm.config.max_position_embeddings
+    longest = TASKS[cfg.task].longest(setup, rows)
+    context = lm.config.get_text_config().max_position_embeddings
     if longest > context:
         raise ValueError(
             f"instructions, question, input and response can come to {longest} tokens, but the "
@@ -787,6 +788,11 @@ def open_out(cfg, done):
             with data.whole_or_nothing(file) as partial:
                 partial.write_text("".join(kept))
     torch.distributed.barrier()
+    if not (out / "config.json").exists():
+        raise ValueError(
+            f"--out {out}: rank {distributed.rank()} does not see what rank 0 wrote there: all "
+            "machines need a folder that they share"
+        )
 
 
 def memory_gb(device):

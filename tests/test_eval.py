@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 import data
 import distributed
@@ -80,7 +81,7 @@ def records_of(folder, tokenizer, rows, sampler=FindsInMemory, command="longqa",
     prompts = Prompts(tokenizer)
     cfg = train.Config(chunk_tokens=24, memory_tokens=64, answer_tokens=64, max_chunks=10**9)
     policy = torch.nn.Module()
-    policy.lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    policy.lm = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
     return evaluation.run_set(
         args, train.Setup(cfg, prompts, sampler(prompts)), policy, "facts", rows
     )

@@ -302,9 +302,9 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 def test_a_short_warm_start_imitates_better_than_no_warm_start(prompts):
     turns = tiny.demonstrations(prompts, "unseen", count=5, chunks=2)
     before = tiny.imitation_loss(grpo.Policy(tiny.model(3)), turns).item()
-    lm = tiny.warm_start(seed=3, steps=25)
+    lm = tiny.warm_start(seed=3, steps=12)
     lm.model.norm.weight.data /= 2  # as it was when it learned
-    assert tiny.imitation_loss(grpo.Policy(lm), turns).item() < 0.6 * before
+    assert tiny.imitation_loss(grpo.Policy(lm), turns).item() < 0.8 * before
 
 
 # ---------------------------------------------------------------------------------------- the files

@@ -73,15 +73,19 @@ def all_gather(value):
     return values
 
 
+class InputError(ValueError):
+    """Bad input, in one line: what is wrong, where, what to do."""
+
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Bad input (ValueError, OSError) ends in one line and exit status 2.
+def one_line_errors(*kinds):
+    """Bad input (InputError, OSError, and errors of these kinds) ends in one line and status 2.
 
     A rank that fails just leaves, and torchrun ends the others: to take the process group apart it
     would have to wait for them."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (InputError, OSError, *kinds) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # where all ranks fail, rank 0 speaks, and the others are ended by then
         tqdm.write(f"error: {error}", file=sys.stderr)
@@ -201,7 +205,7 @@ def kv_budget(lm, device, trained=True):
     torch.cuda.empty_cache()  # what PyTorch holds without using it would count as taken
     free = min(all_gather(torch.cuda.mem_get_info(device)[0])) - taken
     if free <= 0:
-        raise ValueError(
+        raise InputError(
             f"the model leaves no memory for a rollout ({-free / 1e9:.1f} GB short on a GPU): "
             "use more GPUs, or a smaller model"
         )
@@ -239,7 +243,7 @@ def load_model(path, dtype):
         return lm, AutoTokenizer.from_pretrained(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives "
             f"({reason})"
         )
@@ -313,7 +317,7 @@ def load_trainer(run, policy, optimizer):
     """Puts the weights and optimizer state of a run's newest checkpoint back, on any number of
     ranks; one that can't be read is named, and the one before it is used.
 
-    -> its step; 0 where the run has none. ValueError where none can be read.
+    -> its step; 0 where the run has none. InputError where none can be read.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -336,5 +340,5 @@ def load_trainer(run, policy, optimizer):
         )
         return state["step"]
     if saved:
-        raise ValueError(f"--resume: no checkpoint in {run} can be read; start in another folder")
+        raise InputError(f"--resume: no checkpoint in {run} can be read; start in another folder")
     return 0

@@ -35,7 +35,7 @@ import data
 import distributed
 import rewards
 import train
-from distributed import all_gather, gathered
+from distributed import InputError, all_gather, gathered
 from rollout import Asker, Reader, Searcher, rollout
 
 SCORES = {
@@ -79,7 +79,7 @@ def parse(argv=None):
     }
     for name in needed.get(args.command, ["--model", "--out"]):
         if not getattr(args, name.strip("-")):
-            raise ValueError(f"{args.command} needs {name}")
+            raise InputError(f"{args.command} needs {name}")
     return args
 
 
@@ -98,13 +98,15 @@ def open_model(args, cfg):
     device = distributed.start_ranks()
     policy, tokenizer = train.open_policy(cfg.model, device)
     policy.eval()
-    cfg.kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
+    search = train.open_search(cfg)
+    kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
     temperature, top_p = args.temperature, args.top_p
     if args.command == "memtrain":
         temperature, top_p = cfg.temperature, 1.0
     if args.greedy:
         temperature = 0
-    return train.open_setup(cfg, policy, tokenizer, temperature, top_p), policy
+    sampling = dict(kv_tokens=kv_tokens, search=search, temperature=temperature, top_p=top_p)
+    return train.open_setup(cfg, policy, tokenizer, **sampling), policy
 
 
 def load_sets(args, cfg):
@@ -114,10 +116,10 @@ def load_sets(args, cfg):
         name, path = re.fullmatch(r"(?:([^=/]+)=)?(.+)", place).groups()
         name = name or Path(path).name.split(".")[0]
         if name in sets:
-            raise ValueError(f"--data: two sets are called {name}; write NAME={path}")
+            raise InputError(f"--data: two sets are called {name}; write NAME={path}")
         sets[name] = data.load_questions(path, cfg.objectives if cfg.task == "searchqa" else None)
     if not sets:
-        raise ValueError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
+        raise InputError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
     return sets
 
 
@@ -130,7 +132,7 @@ class WholeReader(Asker):
     def __init__(self, prompts, problem, document, context, answer_tokens, key):
         room = context - len(prompts.whole) - len(problem) - answer_tokens
         if room <= 0:
-            raise ValueError(
+            raise InputError(
                 f"--answer_tokens {answer_tokens} leaves no room for a document in the model's "
                 f"context of {context} tokens: lower it"
             )
@@ -195,7 +197,7 @@ def open_parts(args, cfg):
     flags["model"] = cfg.model
     file = Path(f"{args.out}.parts", "flags.json")
     if file.exists() and json.loads(file.read_text()) != flags:
-        raise ValueError(
+        raise InputError(
             f"{file.parent} holds samples of another model or other flags, see {file.name} there: "
             "delete it, or choose another --out"
         )
@@ -308,12 +310,12 @@ def memtrain(args):
     heldout = train.load_documents(cfg)[1]
     rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
     if not rows:
-        raise ValueError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
+        raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
     setup, policy = open_model(args, cfg)
     train.check_budget(setup, rows, policy.lm)
-    table, names = {}, {"trajectory": "E2E", "recall": "recall"}
+    table = {}
     for kind, (*score, n) in train.evaluate(setup, policy, rows).items():
-        table[names[kind]] = {"n": n, "em": score}
+        table[train.KINDS[kind]] = {"n": n, "em": score}
     print_table(table)
     if args.out:
         write_json(args.out, table)
@@ -385,7 +387,7 @@ def curves(args):
             rows = [row for row in table.values() if "document_tokens" in row]
             scores = {row["document_tokens"]: row["em"] for row in rows}
             if not scores:
-                raise ValueError(f"{path}: not a table that eval.py longqa wrote")
+                raise InputError(f"{path}: not a table that eval.py longqa wrote")
             dots(right, scores, path.stem)
 
     left.set(xlabel="step", ylabel="exact match (line: training, dots: held-out)", ylim=(0, 1))
@@ -405,7 +407,7 @@ def dots(axes, scores, label, color=None):
     axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
 
 
-@distributed.one_line_errors()
+@distributed.one_line_errors(data.DataError)
 def main(argv=None):
     args = parse(argv)
     command = {"memtrain": memtrain, "curves": curves}.get(args.command, questions)

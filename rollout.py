@@ -13,9 +13,10 @@ Differences from the papers:
      MemTrain says so; its printed template still shows one).
   2. `chunk_first` puts the section before the memory, so that all trajectories of a document share
      its keys and values.
-  3. A token is drawn at a uniform number that is a hash of (seed, step, document, trajectory, turn,
-     position). A rollout does not depend on how its rows were batched, cut into segments or divided
-     over ranks, and there is no random state to save.
+  3. A token is drawn at a uniform number that is a function of (seed, step, document, trajectory,
+     turn, position). The noise does not depend on how rows were batched, cut into segments or
+     divided over ranks, so that a rollout does not either, up to rounding; and there is no random
+     state to save.
 
 Letters in shapes: B rows, N columns, V vocabulary.
 """
@@ -30,7 +31,7 @@ import torch
 # -------------------------------------------------------------------------------------- prompts
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
-FIELDS = re.compile(r"\{(problem|memory|section|previous|turns)\}")
+FIELDS = re.compile(r"\{(\w+)\}")
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 NO_MEMORY = "No previous memory"
 PAD = 0  # any id: padding is masked wherever it stands
@@ -167,10 +168,14 @@ class Prompts:
         self.tokenizer = tokenizer
         self.clean = cleaner(tokenizer)
         swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
+        templates = {}
         for name, text in (TEMPLATES | (texts or {})).items():
             if order == "chunk_first":
                 text = swap.sub(r"\3\2\1", text)
-            setattr(self, name, Template(tokenizer, text))
+            templates[name] = Template(tokenizer, text)
+        self.update, self.answer = templates["update"], templates["answer"]
+        self.recall, self.search = templates["recall"], templates["search"]
+        self.whole, self.closed_book = templates["whole"], templates["closed_book"]
         self.problem = self.encode(problem)
         self.no_memory = self.encode(NO_MEMORY)
         self.information = []  # what stands before and after search results
@@ -233,7 +238,7 @@ class Response(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One training sequence: what the model saw and wrote."""
+    """What the model saw and wrote: later one training sequence."""
 
     prompt_ids: list
     response_ids: list
@@ -465,7 +470,8 @@ def shared_prefixes(prompts):
         if groups:
             length, members = groups[-1]
             common = common_prefix(prompts[members[0]][:length], prompt[:-1])
-            saves = len(members) * common >= (len(members) - 1) * length
+            # a shorter prefix costs each member but the first the difference; one more saves it
+            saves = common >= (len(members) - 1) * (length - common)
             if common and saves and 2 * common >= len(prompt) - 1:
                 groups[-1] = (common, [*members, i])
                 continue
@@ -520,7 +526,13 @@ class Sampler:
         # would be filled from those that came with the checkpoint.
         model, responses = self.model, [None] * len(prompts)
         shipped, training = model.generation_config, model.training
-        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=PAD)
+        model.generation_config = GenerationConfig(
+            eos_token_id=self.end_ids,
+            pad_token_id=PAD,
+            # on CUDA a StaticCache would let `generate` compile CUDA graphs, one for every size
+            # that a batch and its cache come to, and all anew when weights are gathered elsewhere
+            disable_compile=True,
+        )
         model.eval()
         try:
             for batch in self._batches(prompts, limits):
@@ -570,20 +582,20 @@ class Sampler:
             rests += [prompts[i][length:] for i in members]
             group += [number] * len(members)
         group = torch.tensor(group, device=device)  # (B,) of a row, its prefix
-        left, left_mask = pad_left(prefixes, device)
-        right, right_mask = pad_left(rests, device)
-        ids = torch.cat([left[group], right], 1)
-        mask = torch.cat([left_mask[group], right_mask], 1)
+        prefix_ids, prefix_mask = pad_left(prefixes, device)
+        rest_ids, rest_mask = pad_left(rests, device)
+        ids = torch.cat([prefix_ids[group], rest_ids], 1)
+        mask = torch.cat([prefix_mask[group], rest_mask], 1)
         if not self.share:
             return ids, mask, None
 
-        # every prefix is read once ..
+        # every prefix is read once, by a `generate` whose one token nobody wants ..
         columns = ids.shape[1] + new_tokens
         cache = StaticCache(config=self.model.config, max_cache_len=columns)
-        if left.shape[1]:
+        if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
-            piece = max(PREFILL // left.numel(), 1)
-            self._generate(left, left_mask, once, 1, piece=piece)
+            piece = max(PREFILL // prefix_ids.numel(), 1)
+            self._generate(prefix_ids, prefix_mask, once, 1, piece=piece)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])

@@ -37,8 +37,8 @@ import data
 import distributed
 import grpo
 import rewards
-from distributed import all_gather, gathered
-from rollout import Prompts, Reader, Recaller, Sampler, Searcher, rollout
+from distributed import InputError, all_gather, gathered
+from rollout import PROBLEM, Prompts, Reader, Recaller, Sampler, Searcher, Turn, rollout
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -49,11 +49,6 @@ AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
-# sizes that travel with a checkpoint: of reading, of searching
-SIZES = (
-    "chunk_tokens memory_tokens answer_tokens prompt_order".split(),
-    "answer_tokens result_tokens passages objectives turns".split(),
-)
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
 
 
@@ -67,12 +62,13 @@ def flag(default, help, *choices):
 
 @dataclass
 class Config:
-    """Defaults are the paper's. Those of a task (TASKS) and of a model's memtrain.json go before
-    them, explicit flags before all."""
+    """Defaults are the paper's. A task's (TASKS) override them, those of a model's memtrain.json
+    override these, explicit flags override all. Sizes are of a whole step over all ranks, but for
+    those of "memory and speed", which are a rank's."""
 
     # task
     task: str = flag("memtrain", "what to train: a name of TASKS")
-    objective: str = flag("full", "recall in R_E, trained only, or none", *OBJECTIVES)
+    objective: str = flag("full", "recall is in R_E, only trained, or absent", *OBJECTIVES)
     model: str = flag(POCKET_MODEL, "Hub name, folder with a checkpoint, or folder of a run")
     data: list[str] = flag([], "what data.py build wrote (memtrain), or files of questions")
     heldout: list[str] = flag([], "files of questions to look at while training")
@@ -85,12 +81,12 @@ class Config:
     documents_per_update: int = flag(32, "of an optimizer step; fewer: several steps a rollout")
     group: int = flag(8, "trajectories of a document (G1)")
     recalls: int = flag(8, "samples of one recall (G2)")
-    recall_draw: str = flag("trajectory", "a recall is drawn for each ..", "trajectory", "document")
+    recall_draw: str = flag("trajectory", "draw k, l, target for each", "trajectory", "document")
     chunk_tokens: int = flag(5120, "tokens of a section")
     max_chunks: int = flag(8, "sections read; a longer document keeps its head and tail")
     memory_tokens: int = flag(1024, "most tokens of a memory")
     answer_tokens: int = flag(1024, "most tokens of an answer")
-    prompt_order: str = flag("memory_first", "the papers', or sections shared", *PROMPT_ORDERS)
+    prompt_order: str = flag("memory_first", "what comes first", *PROMPT_ORDERS)
     temperature: float = flag(1.0, "of sampling; divides the logits in training as well")
     # loss
     recall_weight: float = flag(0.5, "lambda of eq. 2")
@@ -117,7 +113,7 @@ class Config:
     # logging
     eval_every: int = flag(50, "steps between looks at held-out rows; 0: only before and after")
     eval_documents: int = flag(256, "held-out rows of a look")
-    save_every: int = flag(50, "steps between checkpoints")
+    save_every: int = flag(50, "steps between checkpoints; 0: only at the end")
     keep: int = flag(2, "checkpoints kept")
     samples: int = flag(2, "transcripts written to samples.jsonl each step")
     # search QA
@@ -147,7 +143,7 @@ def add_flags(parser, names=None):
 
 
 def parse(argv=None):
-    """Command line -> Config. ValueError where settings don't go together."""
+    """Command line -> Config. InputError where settings don't go together."""
     parser = argparse.ArgumentParser(
         usage="train.py [--flag value ..]",
         description=__doc__,
@@ -168,7 +164,7 @@ def parse(argv=None):
         before = json.loads(saved.read_text())["config"]
         for name, value in given.items():
             if name not in RESUMED and before[name] != value:
-                raise ValueError(
+                raise InputError(
                     f"--resume: {given['out']} was begun with --{name} {before[name]}, not {value}:"
                     " leave the flag out, or choose another folder"
                 )
@@ -176,7 +172,7 @@ def parse(argv=None):
 
     cfg = configure(given)
     if os.path.exists(cfg.out) and os.listdir(cfg.out) and not cfg.resume:
-        raise ValueError(
+        raise InputError(
             f"--out {cfg.out} holds a run already: add --resume to go on with it, or choose "
             "another folder"
         )
@@ -188,21 +184,23 @@ def configure(given):
     task, model = given.get("task", Config.task), given.get("model", Config.model)
     model = distributed.checkpoint_path(model)
     if model == POCKET_MODEL and not os.path.exists(model):
-        raise ValueError(f"--model {model} is not there: make it with: python tiny.py")
+        raise InputError(f"--model {model} is not there: make it with: python tiny.py")
     settings = model_settings(model).get("settings", {})
     settings = settings.get("all", {}) | settings.get(task, {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
+        raise InputError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
     cfg = Config(**TASKS[task].defaults | settings | given | {"model": model})
     if cfg.group < 2:
-        raise ValueError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
+        raise InputError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
     if cfg.objective != "e2e" and cfg.recalls < 2:
-        raise ValueError(f"--recalls {cfg.recalls}: take at least 2 samples, or --objective e2e")
+        raise InputError(f"--recalls {cfg.recalls}: take at least 2 samples, or --objective e2e")
     if not cfg.data:
-        raise ValueError(f"--model {model} needs --data: what data.py build wrote, or questions")
+        raise InputError(f"--model {model} needs --data: what data.py build wrote, or questions")
+    if cfg.temperature <= 0:
+        raise InputError(f"--temperature {cfg.temperature}: training samples, take more than 0")
     if cfg.documents_per_step % cfg.documents_per_update:
-        raise ValueError(
+        raise InputError(
             f"--documents_per_step {cfg.documents_per_step} is not a multiple of "
             f"--documents_per_update {cfg.documents_per_update}"
         )
@@ -234,45 +232,54 @@ def open_policy(path, device):
     Rank 0 reads the model as fp32 and finds out whether it shares prefixes; the others only map
     its files, of which `shard` copies their part: the host's memory need not hold it once a rank.
     """
-    first = distributed.rank() == 0
-    lm, tokenizer = distributed.load_model(path, torch.float32 if first else "auto")
-    policy = grpo.Policy(lm) if first else None
-    shares = all_gather(policy and policy.shares)[0]
-    policy = distributed.shard(policy or grpo.Policy(lm, shares), device)
-    if first and not shares:
+    leader = distributed.rank() == 0
+    lm, tokenizer = distributed.load_model(path, torch.float32 if leader else "auto")
+    if leader:
+        policy = grpo.Policy(lm)
+        all_gather(policy.shares)
+    else:
+        shares = all_gather(None)[0]
+        policy = grpo.Policy(lm, shares)
+    if leader and not policy.shares:
         name = type(lm).__name__
         print(f"note: {name} can't share prefixes; every turn runs by itself", file=sys.stderr)
-    return policy, tokenizer
+    return distributed.shard(policy, device), tokenizer
 
 
-def open_setup(cfg, policy, tokenizer, temperature, top_p=1.0):
-    """Prompts as the model's folder has them, and its sampler."""
+def open_setup(cfg, policy, tokenizer, *, kv_tokens, search=None, temperature, top_p=1.0):
+    """Prompts as the model's folder has them, and a sampler of the policy."""
     given = model_settings(cfg.model)
-    texts = {"texts": given.get("templates", {})}
-    if "problem" in given:
-        texts["problem"] = given["problem"]
-    prompts = Prompts(tokenizer, order=cfg.prompt_order, **texts)
+    texts, problem = given.get("templates"), given.get("problem", PROBLEM)
+    try:
+        prompts = Prompts(tokenizer, texts, problem, cfg.prompt_order)
+    except ValueError as error:
+        raise InputError(f"--model {cfg.model}: {error}") from None
 
     # a turn ends with the tokenizer's end token, or with one that the model's settings name
-    ends = policy.lm.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = {tokenizer.eos_token_id}
+    named = policy.lm.generation_config.eos_token_id
+    if named is not None:
+        ends |= set(named if isinstance(named, list) else [named])
     sampler = Sampler(
         policy.lm,
-        {tokenizer.eos_token_id, *ends},
+        ends,
         temperature=temperature,
         top_p=top_p,
-        kv_tokens=cfg.kv_tokens,
+        kv_tokens=kv_tokens,
         segment=cfg.segment,
         seed=cfg.seed,
-        stop=prompts.closed if cfg.task == "searchqa" else None,
+        stop=prompts.closed if TASKS[cfg.task].searches else None,
         share=policy.shares,
     )
-    return Setup(cfg, prompts, sampler, open_search(cfg) if cfg.task == "searchqa" else None)
+    return Setup(cfg, prompts, sampler, search)
 
 
 def open_search(cfg):
+    """The search of a task that has one: queries -> list of lists of passages."""
+    if not TASKS[cfg.task].searches:
+        return None
     if not cfg.retriever:
-        raise ValueError("searchqa needs --retriever: a corpus file, or http://HOST:PORT/retrieve")
+        raise InputError("searchqa needs --retriever: a corpus file, or http://HOST:PORT/retrieve")
     return functools.partial(data.open_retriever(cfg.retriever, cfg.encoder), k=cfg.passages)
 
 
@@ -282,7 +289,7 @@ def check_budget(setup, rows, lm):
     longest = TASKS[cfg.task].longest(setup, rows)
     context = lm.config.get_text_config().max_position_embeddings
     if longest > context:
-        raise ValueError(
+        raise InputError(
             f"instructions, question, input and response can come to {longest} tokens, but the "
             f"model's context holds {context}: lower --chunk_tokens {cfg.chunk_tokens}, "
             f"--memory_tokens {cfg.memory_tokens}, --answer_tokens {cfg.answer_tokens} or "
@@ -305,7 +312,7 @@ def load_documents(cfg):
 
 def load_questions(cfg):
     """-> (questions to train on, held-out questions); joined `objectives` at a time for search."""
-    objectives = cfg.objectives if cfg.task == "searchqa" else None
+    objectives = cfg.objectives if TASKS[cfg.task].searches else None
     parts = []
     for files in (cfg.data, cfg.heldout):
         rows = [data.load_questions(path, objectives) for path in files]
@@ -314,10 +321,11 @@ def load_questions(cfg):
 
 
 def questions_of(rows):
-    """The questions of all rows, None where one has none of its own."""
-    if hasattr(rows, "column_names"):  # a data set on disk gives a column without the documents
-        return rows["question"] if "question" in rows.column_names else [None]
-    return [row.get("question") for row in rows]
+    """The questions that rows have; None stands for those that have none of their own."""
+    if not hasattr(rows, "column_names"):
+        return {row.get("question") for row in rows}
+    # a data set on disk gives a column without reading the documents beside it
+    return set(rows["question"]) if "question" in rows.column_names else {None}
 
 
 def rows_of_step(cfg, rows, step):
@@ -340,7 +348,10 @@ def order_of_epoch(seed, epoch, count):
 
 class Group(NamedTuple):
     """What advantages are relative to: the trajectories of a document, or the samples of a recall.
-    Advantages are made of the rewards alone, reports of the exact matches alone."""
+
+    Advantages are made of `rewards` alone, what is reported of `exact_match` alone. An agent has an
+    `answer`; a row of data has an "id", and "answers" or an "answer". Steps count from 0 here and
+    in keys, and from 1 in what is logged; held-out rows have the step "heldout"."""
 
     kind: str  # "trajectory" or "recall"
     document: int  # number of the document within its step
@@ -363,38 +374,43 @@ def memtrain(setup, rows, step):
         readers[document] = make_readers(setup, problem, chunks[document], (step, document))
     rollout(sum(readers.values(), []), setup.sampler)
 
-    # recall: of memory m_k, the entity hidden in an earlier chunk c_l
-    recalls = {}  # (document, trajectory) -> (target, agents)
-    for document, row in rows.items():
-        for j, reader in enumerate(readers[document] if cfg.objective != "e2e" else []):
-            drawn_for = j if cfg.recall_draw == "trajectory" else "all"
-            rng = random.Random(f"recall {cfg.seed} {step} {document} {drawn_for}")
-            drawn = data.draw_recall(
-                row, chunks[document], prompts.tokenizer, cfg.chunk_tokens, rng
-            )
-            if drawn is None:
-                continue
-            agents = []
-            for sample in range(cfg.recalls):
-                memory, key = reader.memories[drawn.k], (step, document, j, sample)
-                agents.append(Recaller(prompts, memory, drawn.ids, cfg.answer_tokens, key))
-            recalls[document, j] = drawn.target, agents
+    # recall: of memory m_k of trajectory i, the entity hidden in an earlier chunk c_l
+    recalls = {}  # (document, i) -> (target, agents)
+    for document, i in readers_to_ask(cfg, readers):
+        drawn_for = i if cfg.recall_draw == "trajectory" else "all"
+        rng = random.Random(f"recall {cfg.seed} {step} {document} {drawn_for}")
+        tokenizer, row = prompts.tokenizer, rows[document]
+        drawn = data.draw_recall(row, chunks[document], tokenizer, cfg.chunk_tokens, rng)
+        if drawn is None:
+            continue
+        memory, agents = readers[document][i].memories[drawn.k], []
+        for j in range(cfg.recalls):
+            key = (step, document, i, j)
+            agents.append(Recaller(prompts, memory, drawn.ids, cfg.answer_tokens, key))
+        recalls[document, i] = drawn.target, agents
     rollout([agent for _, agents in recalls.values() for agent in agents], setup.sampler)
 
-    # rewards
     groups = []
     for document, row in rows.items():
-        whole = scored("trajectory", document, readers[document], [row["answer"]])
-        for j in range(len(whole.agents)):
-            if (document, j) in recalls:
-                target, agents = recalls[document, j]
-                recall = scored("recall", document, agents, [target])  # eq. 1
+        whole, R_E = scored("trajectory", document, readers[document], [row["answer"]]), []
+        for i, earned in enumerate(whole.rewards):
+            R_I = []
+            if (document, i) in recalls:
+                target, agents = recalls[document, i]
+                recall = scored("recall", document, agents, [target])
+                R_I = recall.rewards  # eq. 1
                 groups.append(recall)
-                whole.rewards[j] = rewards.end_to_end_reward(  # eq. 2
-                    whole.rewards[j], recall.rewards, cfg.recall_weight, cfg.objective
-                )
-        groups.append(whole)
+            weight, objective = cfg.recall_weight, cfg.objective
+            R_E.append(rewards.end_to_end_reward(earned, R_I, weight, objective))  # eq. 2
+        groups.append(whole._replace(rewards=R_E))
     return groups
+
+
+def readers_to_ask(cfg, readers):
+    """(document, i) of the trajectories whose memories are asked; none without the recall task."""
+    if cfg.objective == "e2e":
+        return []
+    return [(document, i) for document in readers for i in range(cfg.group)]
 
 
 def longqa(setup, rows, step):
@@ -405,18 +421,21 @@ def longqa(setup, rows, step):
         problem = setup.prompts.encode(row["question"])
         readers[document] = make_readers(setup, problem, chunks, (step, document))
     rollout(sum(readers.values(), []), setup.sampler)
-    return [scored("trajectory", n, readers[n], row["answers"]) for n, row in rows.items()]
+    groups = []
+    for document, row in rows.items():
+        groups.append(scored("trajectory", document, readers[document], row["answers"]))
+    return groups
 
 
 def searchqa(setup, rows, step):
     """Search QA (MEM1): `group` trajectories search for the answers of each row's questions; the
     reward is the mean over its questions, by position."""
     cfg, searchers = setup.cfg, {}
+    sizes = cfg.turns, cfg.answer_tokens, cfg.result_tokens
     for document, row in rows.items():
         problem, searchers[document] = setup.prompts.encode(row["question"]), []
-        for j in range(cfg.group):
-            sizes = cfg.turns, cfg.answer_tokens, cfg.result_tokens
-            searcher = Searcher(setup.prompts, problem, *sizes, (step, document, j))
+        for i in range(cfg.group):
+            searcher = Searcher(setup.prompts, problem, *sizes, key=(step, document, i))
             searchers[document].append(searcher)
     rollout(sum(searchers.values(), []), setup.sampler, setup.search)
 
@@ -446,7 +465,7 @@ def make_readers(setup, problem, chunks, key):
     """The `group` trajectories of one document."""
     cfg, ids = setup.cfg, [chunk.ids for chunk in chunks]
     sizes = cfg.memory_tokens, cfg.answer_tokens
-    return [Reader(setup.prompts, problem, ids, *sizes, (*key, j)) for j in range(cfg.group)]
+    return [Reader(setup.prompts, problem, ids, *sizes, (*key, i)) for i in range(cfg.group)]
 
 
 def scored(kind, document, agents, golds):
@@ -471,11 +490,17 @@ def longest_searching(setup, rows):
     return setup.prompts.longest_search(longest, setup.cfg.answer_tokens, setup.cfg.result_tokens)
 
 
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
 class Task(NamedTuple):
     rollout: object  # (setup, rows {document: row}, step) -> groups with rewards
     load: object  # cfg -> (rows to train on, held-out rows)
     longest: object  # (setup, rows) -> tokens of the longest prompt and response
     defaults: dict  # where they are not the paper's for MemTrain
+    searches: bool = False  # has a --retriever, and several questions in one
 
 
 TASKS = {
@@ -491,6 +516,7 @@ TASKS = {
         load_questions,
         longest_searching,
         dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
+        searches=True,
     ),
 }
 
@@ -500,16 +526,14 @@ TASKS = {
 
 @dataclass
 class Sequence:
-    """One turn, as it is trained. Log-probs are of the response's tokens, (length,)."""
+    """A turn as it is trained. Log-probs and weights are of the response's tokens, (length,)."""
 
-    prompt: list
-    response: list
+    turn: Turn
     advantage: float  # of its trajectory
     document: int
-    sampled_logps: torch.Tensor  # as the sampler drew the response
+    weights: torch.Tensor = None  # the tokens' shares in the loss of an update
     old_logps: torch.Tensor = None  # for the ratio; None: the current ones, so that it is 1
     ref_logps: torch.Tensor = None  # under the reference, for the KL
-    weights: torch.Tensor = None  # the tokens' shares in the loss of an update
 
 
 def training_sequences(cfg, groups):
@@ -519,120 +543,112 @@ def training_sequences(cfg, groups):
     for group in groups:
         if cfg.filter and min(group.rewards) == max(group.rewards):
             continue
-        advantages = grpo.group_advantages(torch.tensor([group.rewards]), cfg.scale)[0]
+        advantages = grpo.group_advantages(torch.tensor(group.rewards), cfg.scale)
         for agent, advantage in zip(group.agents, advantages.tolist()):
             for turn in agent.turns:
-                sampled = torch.tensor(turn.logps)
-                ids = turn.prompt_ids, turn.response_ids
-                sequences.append(Sequence(*ids, advantage, group.document, sampled))
+                sequences.append(Sequence(turn, advantage, group.document))
     return sequences
 
 
-def local_weights(cfg, sequences):
-    """Token weights of this rank's sequences, one tensor each, from the lengths of all ranks."""
-    ranks = all_gather([(s.document, len(s.response)) for s in sequences])
+def add_weights(cfg, sequences):
+    """Token weights of this rank's sequences, from the lengths of all ranks' turns."""
+    ranks = all_gather([(s.document, len(s.turn.response_ids)) for s in sequences])
     turns = [turn for rank in ranks for turn in rank]
     documents, lengths = [d for d, _ in turns], [n for _, n in turns]
     most = max(cfg.memory_tokens, cfg.answer_tokens)
     weights = grpo.token_weights(lengths, cfg.aggregate, document=documents, count=most)
     before = sum(map(len, ranks[: distributed.rank()]))
-    return weights.split(lengths)[before : before + len(sequences)] if turns else []
+    for sequence, own in zip(sequences, weights.split(lengths)[before:] if lengths else []):
+        sequence.weights = own
 
 
-def forward_rows(cfg, policy, sequences, row_loss=None):
-    """Runs all sequences in packed rows. -> their log-probs, detached, a list of (length,).
+def packed(cfg, policy, sequences):
+    """Runs all sequences, packed. Yields (sequences of a pack, the log-probs (length,) of each).
 
-    row_loss(sequences of the row, logps (N,)) -> its loss, which is then backpropagated. Ranks run
-    equally many rows, as collectives wait for all: one that is short of rows runs a token whose
-    loss is zero."""
-    prompts, responses = [s.prompt for s in sequences], [s.response for s in sequences]
-    rows = grpo.pack(prompts, responses, cfg.tokens_per_forward)
-    rows += [[]] * (max(all_gather(len(rows))) - len(rows))
-    result = [None] * len(sequences)
-    for row in rows:
+    Ranks run equally many packs, as collectives wait for all: one that is short of them runs a
+    token, and yields it with no sequences."""
+    prompts = [s.turn.prompt_ids for s in sequences]
+    responses = [s.turn.response_ids for s in sequences]
+    packs = grpo.pack(prompts, responses, cfg.tokens_per_forward)
+    packs += [[]] * (max(all_gather(len(packs))) - len(packs))
+    for pack in packs:
         # iterators: FSDP searches lists for tensors, id by id, which takes seconds
-        row_prompts = iter([prompts[i] for i in row] or [[0]])
-        row_responses = iter([responses[i] for i in row] or [[0]])
-        logps = policy(row_prompts, row_responses, cfg.temperature)
-        if row_loss:
-            whole = torch.cat(logps)
-            loss = row_loss([sequences[i] for i in row], whole) if row else 0 * whole.sum()
-            # FSDP averages over ranks, and the weights are of all ranks already
-            (loss * distributed.world_size()).backward()
-        for i, values in zip(row, logps):
-            result[i] = values.detach()
-    return result
+        pack_prompts = iter([prompts[i] for i in pack] or [[0]])
+        pack_responses = iter([responses[i] for i in pack] or [[0]])
+        logps = policy(pack_prompts, pack_responses, cfg.temperature)
+        yield [sequences[i] for i in pack], logps
+
+
+def add_logps(cfg, policy, sequences, name):
+    """Log-probs of every sequence under a policy, in its field `name`."""
+    with torch.no_grad(), gathered(policy):
+        for pack, logps in packed(cfg, policy, sequences):
+            for sequence, values in zip(pack, logps):
+                setattr(sequence, name, values)
 
 
 def add_old_logps(cfg, policy, sequences):
     """What the loss's ratio compares with. With one update a rollout that is the policy itself."""
     if cfg.old_logps == "sampler":
         for sequence in sequences:
-            sequence.old_logps = sequence.sampled_logps
+            sequence.old_logps = torch.tensor(sequence.turn.logps)
     elif cfg.documents_per_update < cfg.documents_per_step:
-        with torch.no_grad(), gathered(policy):
-            logps = forward_rows(cfg, policy, sequences)
-        for sequence, values in zip(sequences, logps):
-            sequence.old_logps = values
-
-
-def add_ref_logps(cfg, reference, sequences):
-    """What the KL compares with."""
-    with torch.no_grad(), gathered(reference):
-        logps = forward_rows(cfg, reference, sequences)
-    for sequence, values in zip(sequences, logps):
-        sequence.ref_logps = values
+        add_logps(cfg, policy, sequences, "old_logps")
 
 
 def update(cfg, policy, optimizer, sequences, totals):
-    """One optimizer step on this rank's sequences. -> (gradient norm, log-probs before the step)
+    """One optimizer step on this rank's sequences; a non-finite gradient skips it. -> its norm
 
-    Adds the sums over tokens of the loss's metrics to totals, a Counter. A non-finite gradient
-    skips the step."""
-    device = policy.lm.device
-    for sequence, weights in zip(sequences, local_weights(cfg, sequences)):
-        sequence.weights = weights
-
-    def row_loss(row, logps):
-        old = logps.detach()
-        if row[0].old_logps is not None:
-            old = torch.cat([s.old_logps for s in row]).to(device)
-        ref = None
-        if row[0].ref_logps is not None:
-            ref = torch.cat([s.ref_logps for s in row]).to(device)
-        advantages = [torch.full((len(s.response),), s.advantage) for s in row]
-        loss, metrics = grpo.policy_loss(
-            logps,
-            old,
-            torch.cat(advantages).to(device),
-            torch.cat([s.weights for s in row]).to(device),
-            clip_low=cfg.clip_low,
-            clip_high=cfg.clip_high,
-            dual_clip=cfg.dual_clip or None,
-            ref_logps=ref,
-            kl_coef=cfg.kl,
-        )
-        totals["tokens"] += len(logps)
-        for name, value in metrics.items():
-            totals[name] += float(value) * len(logps)
-        return loss
-
+    Adds the sums over tokens of the loss's metrics to totals, a Counter."""
+    add_weights(cfg, sequences)
     with gathered(policy):
-        logps = forward_rows(cfg, policy, sequences, row_loss)
+        for pack, logps in packed(cfg, policy, sequences):
+            logps = torch.cat(logps)
+            loss = pack_loss(cfg, pack, logps, totals) if pack else 0 * logps.sum()
+            # FSDP averages over ranks, and the weights are of all ranks already
+            (loss * distributed.world_size()).backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return norm, logps
+    return norm
 
 
-# --------------------------------------------------------------------------------- what is reported
+def pack_loss(cfg, pack, logps, totals):
+    """The loss of a pack's sequences, whose tokens have these log-probs, (N,)."""
+
+    def flat(tensors):
+        return torch.cat(tensors).to(logps.device)
+
+    current, old, ref = logps.detach(), None, None
+    if pack[0].old_logps is not None:
+        old = flat([s.old_logps for s in pack])
+    if pack[0].ref_logps is not None:
+        ref = flat([s.ref_logps for s in pack])
+    loss, metrics = grpo.policy_loss(
+        logps,
+        current if old is None else old,
+        flat([torch.full((len(s.turn.response_ids),), s.advantage) for s in pack]),
+        flat([s.weights for s in pack]),
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip or None,
+        ref_logps=ref,
+        kl_coef=cfg.kl,
+    )
+
+    # how far training is from what the sampler drew at
+    trained = old if old is not None and cfg.old_logps == "trainer" else current
+    sampled = flat([torch.tensor(s.turn.logps) for s in pack])
+    metrics["mismatch"] = (trained - sampled).abs().mean()
+    totals["tokens"] += len(logps)
+    for name, value in metrics.items():
+        totals[name] += float(value) * len(logps)
+    return loss
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
+# ------------------------------------------------------------------------------ what is reported
 
 
 def interval(scores):
@@ -663,19 +679,19 @@ def evaluate(setup, policy, rows):
     return {kind: interval(scores[kind]) for kind in sorted(scores, reverse=True)}
 
 
+KINDS = {"trajectory": "E2E", "recall": "recall"}  # what they are called
+
+
 def heldout_line(result):
     """What a look at held-out rows found, in words."""
-    names = {"trajectory": "E2E", "recall": "recall"}
     parts = []
     for kind, (share, low, high, n) in result.items():
-        parts.append(f"{names[kind]} EM {share:.3f} [{low:.3f}, {high:.3f}] n={n}")
+        parts.append(f"{KINDS[kind]} EM {share:.3f} [{low:.3f}, {high:.3f}] n={n}")
     return " | ".join(parts)
 
 
-def step_metrics(groups, totals, gaps):
-    """Means over all ranks of what a step's rollout and updates gave.
-
-    totals: sums over tokens of the loss's metrics; gaps: |log-prob in training - as sampled|."""
+def step_metrics(groups, totals):
+    """Means over all ranks of what a step's rollout gave, and its updates: totals over tokens."""
     trajectories = [group for group in groups if group.kind == "trajectory"]
     recalls = [group for group in groups if group.kind == "recall"]
     agents = [agent for group in trajectories for agent in group.agents]
@@ -691,20 +707,18 @@ def step_metrics(groups, totals, gaps):
         "turns": [len(agent.turns) for agent in agents],
         "malformed": [agent.malformed for agent in searchers],
         "searches": [agent.searches for agent in searchers],
-        "mismatch": gaps,
     }
     sums = {name: (float(sum(values)), len(values)) for name, values in local.items()}
     for name in set(totals) - {"tokens"}:
         sums[name] = totals[name], totals["tokens"]
 
-    # over all ranks
-    ranks, metrics = all_gather(sums), {}
-    for name in [*local, *sorted(set().union(*ranks) - set(local))]:
-        total = sum(rank[name][0] for rank in ranks if name in rank)
-        count = sum(rank[name][1] for rank in ranks if name in rank)
-        if count:
-            metrics[name] = total / count
-    return metrics
+    # a rank without work has no totals
+    ranks, sum_of, count_of = all_gather(sums), Counter(), Counter()
+    for rank in ranks:
+        for name, (total, count) in rank.items():
+            sum_of[name] += total
+            count_of[name] += count
+    return {name: sum_of[name] / count for name, count in count_of.items() if count}
 
 
 def turns_of(groups):
@@ -743,7 +757,8 @@ def log_line(cfg, m):
         parts.append(f"kl {m['kl']:.1e}")
     parts.append(f"clip {m.get('clip_low', 0) + m.get('clip_high', 0):.1%}")
     parts.append(f"flat groups {m['flat']:.0%} | cut {m['cut']:.0%} | len {m['len']:.0f}")
-    parts.append(f"grad {m['grad']:.2f}")
+    grad = "not finite, update skipped" if m["grad"] is None else f"{m['grad']:.2f}"
+    parts.append(f"grad {grad}")
     parts.append(f"rollout {m['rollout_s']:.1f}s | update {m['update_s']:.1f}s")
     parts.append(f"{m['tokens_per_s'] / 1000:.1f}k tok/s | {m['memory_gb']:.1f} GB")
     return " | ".join(parts)
@@ -753,15 +768,19 @@ def log(cfg, metrics, transcripts=()):
     """Lines for metrics.jsonl and samples.jsonl, and what reads aloud; rank 0 alone."""
     if distributed.rank() > 0:
         return
-    for name, records in ("metrics", [metrics]), ("samples", transcripts):
-        with Path(cfg.out, f"{name}.jsonl").open("a") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    append(Path(cfg.out, "metrics.jsonl"), [metrics])
+    append(Path(cfg.out, "samples.jsonl"), transcripts)
     if "R_E" in metrics:
         tqdm.write(log_line(cfg, metrics))
     if "heldout" in metrics:
         step = f"step {metrics['step']:04d}/{cfg.steps:04d}"
         tqdm.write(f"{step} | held-out {heldout_line(metrics['heldout'])}")
+
+
+def append(path, records):
+    with path.open("a") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_metrics(run):
@@ -789,7 +808,7 @@ def open_out(cfg, done):
                 partial.write_text("".join(kept))
     torch.distributed.barrier()
     if not (out / "config.json").exists():
-        raise ValueError(
+        raise InputError(
             f"--out {out}: rank {distributed.rank()} does not see what rank 0 wrote there: all "
             "machines need a folder that they share"
         )
@@ -807,17 +826,22 @@ def memory_gb(device):
 
 def train(cfg, device):
     """The whole run, from top to bottom."""
-    # model, data, sampler, reference, optimizer
+    # model and reference, data, search and sampler, optimizer
     policy, tokenizer = open_policy(cfg.model, device)
+    reference = open_reference(cfg, policy, device) if cfg.kl > 0 else None
     lm = policy.train().lm
-    cfg.kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
-    rows, heldout = TASKS[cfg.task].load(cfg)
-    heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
-    setup = open_setup(cfg, policy, tokenizer, cfg.temperature)
-    check_budget(setup, rows, lm)
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    reference = open_reference(cfg, policy, device) if cfg.kl > 0 else None
+    rows, heldout = TASKS[cfg.task].load(cfg)
+    heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
+    search = open_search(cfg)
+    sampling = dict(
+        kv_tokens=cfg.kv_tokens or distributed.kv_budget(lm, device),
+        temperature=cfg.temperature,
+        search=search,
+    )
+    setup = open_setup(cfg, policy, tokenizer, **sampling)
+    check_budget(setup, rows, lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,
@@ -845,28 +869,26 @@ def train(cfg, device):
         sequences = training_sequences(cfg, groups)
         add_old_logps(cfg, policy, sequences)
         if reference:
-            add_ref_logps(cfg, reference, sequences)
+            add_logps(cfg, reference, sequences, "ref_logps")
 
         # updates, each on its own documents
+        lr = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
         for settings in optimizer.param_groups:
-            settings["lr"] = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
-        totals, norms, gaps = Counter(), [], []
+            settings["lr"] = lr
+        totals, norms = Counter(), []
         for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
             documents = range(first, first + cfg.documents_per_update)
             chosen = [s for s in sequences if s.document in documents]
-            norm, logps = update(cfg, policy, optimizer, chosen, totals)
-            norms.append(norm)
-            if first == 0:  # still the policy that sampled
-                for sequence, values in zip(chosen, logps):
-                    gaps += (values.cpu() - sequence.sampled_logps).abs().tolist()
-        skipped = 0 if all(map(math.isfinite, norms)) else skipped + 1
+            norms.append(update(cfg, policy, optimizer, chosen, totals))
+        finite = all(map(math.isfinite, norms))
+        skipped = 0 if finite else skipped + 1
 
         # log, look at held-out rows
         seconds = rolled_out - started, time.time() - rolled_out
-        tokens = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns_of(groups))
-        tokens += sum(len(s.prompt) + len(s.response) for s in sequences)
-        metrics = {"step": step + 1, **step_metrics(groups, totals, gaps)}
-        metrics |= {"grad": max(norms), "skipped": skipped, "lr": settings["lr"]}
+        turns = turns_of(groups) + [s.turn for s in sequences]
+        tokens = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns)
+        metrics = {"step": step + 1, **step_metrics(groups, totals)}
+        metrics |= {"grad": max(norms) if finite else None, "skipped": skipped, "lr": lr}
         metrics |= {"rollout_s": seconds[0], "update_s": seconds[1]}
         metrics |= {"tokens_per_s": sum(all_gather(tokens)) / sum(seconds)}
         metrics |= {"memory_gb": memory_gb(device)}
@@ -877,14 +899,14 @@ def train(cfg, device):
         shown = list(mine)[: cfg.samples]
         log(cfg, metrics, [transcript(setup, groups, step + 1, n, mine[n]) for n in shown])
         if skipped >= MAX_SKIPPED:
-            raise ValueError(
+            raise InputError(
                 f"{skipped} steps in a row had a non-finite gradient: lower --lr or raise --kl; "
                 "the last checkpoint is intact"
             )
 
         # save; after a signal, leave
         stop = max(all_gather(signals[0] if signals else 0))
-        if last or stop or (step + 1) % cfg.save_every == 0:
+        if last or stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
             save(cfg, policy, optimizer, tokenizer, step + 1)
         if stop and not last:
             name = signal.Signals(stop).name
@@ -915,8 +937,11 @@ def save(cfg, policy, optimizer, tokenizer, step):
     """A checkpoint that brings the model's prompts and settings along, and the run's sizes."""
     given = model_settings(cfg.model)
     settings = given.setdefault("settings", {})
-    sizes = {name: getattr(cfg, name) for name in SIZES[cfg.task == "searchqa"]}
-    place = cfg.task if cfg.task == "searchqa" else "all"  # what reads shares its sizes
+    if TASKS[cfg.task].searches:
+        place, names = cfg.task, "answer_tokens result_tokens passages objectives turns"
+    else:  # whatever reads shares its sizes
+        place, names = "all", "chunk_tokens memory_tokens answer_tokens prompt_order"
+    sizes = {name: getattr(cfg, name) for name in names.split()}
     settings[place] = settings.get(place, {}) | sizes
     files = {"memtrain.json": json.dumps(given, indent=2) + "\n"}
     distributed.save_checkpoint(cfg.out, step, policy, optimizer, tokenizer, cfg.keep, files)
@@ -929,7 +954,7 @@ def print_before_and_after(cfg):
     print(f"checkpoint: {distributed.checkpoint_path(cfg.out)}")
 
 
-@distributed.one_line_errors()
+@distributed.one_line_errors(data.DataError)
 def main(argv=None):
     train(parse(argv), distributed.start_ranks())
 

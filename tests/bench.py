@@ -133,9 +133,9 @@ class Bench:
         end = self.shape["vocab_size"]  # there is no such token
         return rollout.Sampler(self.policy.lm, [end], temperature=temperature, kv_tokens=2**20)
 
-    def sample(self, prompts, limits, temperature=1.0):
+    def sample(self, prompts, limits, temperature=1.0, keys=None):
         """Responses of exactly these lengths, our way."""
-        keys = [(i,) for i in range(len(prompts))]
+        keys = keys or [(i,) for i in range(len(prompts))]
         return [response.ids for response in self.sampler(temperature)(prompts, limits, keys)]
 
     @torch.no_grad()
@@ -420,30 +420,24 @@ def rank_worker(options):
     import distributed
 
     device, bench = distributed.start_ranks(), Bench(options, "5M")
-    bench.policy = distributed.shard(bench.policy, device)
-    world, group = distributed.world_size(), RANKS["group"]
-    prompts = []
+    bench.policy = policy = distributed.shard(bench.policy, device)
+    world, prompts, keys = distributed.world_size(), [], []
     for i, prompt in enumerate(bench.prompts(**RANKS)):
-        if i // group % world == distributed.rank():
+        if i // RANKS["group"] % world == distributed.rank():
             prompts.append(prompt)
+            keys.append((i,))
+    limits = [RANKS["new"]] * len(prompts)
 
-    def step():
+    for _ in range(2):  # the first one warms up
+        policy.zero_grad()
         dist.barrier()
-        with torch.no_grad(), distributed.gathered(bench.policy):
-            responses = bench.sample(prompts, [RANKS["new"]] * len(prompts))
-        with distributed.gathered(bench.policy):
+        start = time.perf_counter()
+        with torch.no_grad(), distributed.gathered(policy):
+            responses = bench.sample(prompts, limits, keys=keys)
+        with distributed.gathered(policy):
             bench.update(prompts, responses, world)
-        dist.barrier()
-
-    step()  # warms up
-    start = time.perf_counter()
-    step()
-    taken = time.perf_counter() - start
-
-    # the norm of the gradient for responses that do not depend on who samples them
-    with distributed.gathered(bench.policy):
-        bench.update(prompts, [prompt[: RANKS["new"]] for prompt in prompts], world)
-    norm = torch.nn.utils.clip_grad_norm_(bench.policy.parameters(), 1e9)
+        taken = time.perf_counter() - start
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9)
     norm = float(norm.full_tensor() if world > 1 else norm)
     if distributed.rank() == 0:
         print(json.dumps([taken, norm]))
@@ -459,14 +453,16 @@ def data_rate(options):
     import data
 
     rng = random.Random(0)
-    names = [f"{a}{b}{c}" for a in ("Ba", "Do", "Ke") for b in "aeiou" * 9 for c in "lmnrst" * 6]
     words = ["river", "of", "stone", "kept", "under", "the", "old", "market.", "seven", "roads"]
+    names = ["".join(rng.choices("aeioulmnrst", k=6)).capitalize() for _ in range(5000)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         corpus = Path(folder, "corpus.jsonl")
         with corpus.open("w") as file:
             for i in range(4000):
-                text = " ".join(rng.choices(words, k=8) + rng.choices(names) for _ in range(18))
-                file.write(json.dumps({"id": str(i), "title": f"t{i}", "text": text}) + "\n")
+                text = rng.choices(words, k=142) + rng.choices(names, k=18)
+                rng.shuffle(text)
+                row = {"id": str(i), "title": f"t{i}", "text": " ".join(text)}
+                file.write(json.dumps(row) + "\n")
         command = ["build", "--corpus", str(corpus), "--out", f"{folder}/documents"]
         command += ["--documents", "256", "--heldout", "0", "--ner", "rules", "--processes", "1"]
         with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -487,7 +483,7 @@ COLUMNS = ("ours_s", "plain_s", "ratio", "memory_ratio", "tokens", "plain_tokens
 def table_line(shape, values):
     cells = []
     for name, value in zip(COLUMNS, values):
-        text = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+        text = "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
         cells.append(f"{text:>{max(len(name), 7) + 2}}")
     return f"{shape:<62}" + "".join(cells)
 

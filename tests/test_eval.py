@@ -351,7 +351,7 @@ def test_searchqa_searches_the_corpus_of_the_models_settings(
     rows = data.load_questions(file, objectives=2)
     seen = []
 
-    def answers_after_a_search(cfg, policy, tokenizer, *sampling):
+    def answers_after_a_search(cfg, policy, tokenizer, *, search, **sampling):
         def sampler(asked, limits, keys):
             responses = []
             for ids, (_, index, _, turn) in zip(asked, keys):
@@ -363,7 +363,7 @@ def test_searchqa_searches_the_corpus_of_the_models_settings(
             return responses
 
         prompts = Prompts(tokenizer, train.model_settings(cfg.model)["templates"])
-        return train.Setup(cfg, prompts, sampler, train.open_search(cfg))
+        return train.Setup(cfg, prompts, sampler, search)
 
     monkeypatch.setattr(train, "open_setup", answers_after_a_search)
     flags = ["--model", pocket_model, "--data", file, "--out", "t.json"]

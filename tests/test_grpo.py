@@ -473,19 +473,54 @@ def test_a_model_that_a_row_of_units_would_get_wrong_runs_its_turns_one_by_one(a
 def test_a_few_steps_on_advantages_make_the_rewarded_responses_likelier():
     policy = Policy(tiny_model())
     prompts, responses = [P] * 4, [[1, 2], [3, 2], [4, 5, 2], [6, 2]]
-    lengths = torch.tensor([len(response) for response in responses])
-    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))[0]
+    lengths = [len(response) for response in responses]
     weights = token_weights(lengths, "sequence")
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))[0]
+    advantages = advantages.repeat_interleave(torch.tensor(lengths))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
     history = []
     for _ in range(6):
         logps = policy(prompts, responses)
         history.append([float(x.detach().sum()) for x in logps])
         flat = torch.cat(logps)
-        loss, _ = policy_loss(flat, flat.detach(), advantages.repeat_interleave(lengths), weights)
+        loss, _ = policy_loss(flat, flat.detach(), advantages, weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     rewarded, *others = zip(history[0], history[-1])
     assert rewarded[1] > rewarded[0] + 0.1
     assert all(after < before for before, after in others)
+
+
+def test_logits_are_fp32_where_the_model_computes_in_bf16():
+    """Against float64 on the same bf16 weights: rounding the logits to bf16 would be off by 1e-2."""
+    model = tiny_model().to(torch.bfloat16)
+    Policy(model, shares=True)
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    hidden = (8 * torch.randn(1, 5, 32, generator=generator)).bfloat16().requires_grad_()
+    logits = head(hidden)
+    truth = hidden.detach().double() @ head.weight.detach().double().T
+    assert logits.dtype == torch.float32 and truth.abs().max() > 10
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-5)
+
+    # gradients are those of the plain product, as exact as bf16 holds them
+    upstream = torch.randn(logits.shape, generator=generator)
+    logits.backward(upstream)
+    weight = head.weight.detach().double()
+    expected = upstream.double() @ weight
+    assert (hidden.grad.double() - expected).norm() < 1e-2 * expected.norm()
+    expected = upstream[0].double().T @ hidden.detach()[0].double()
+    assert (head.weight.grad.double() - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_a_bf16_models_sampled_and_trained_log_probs_are_those_of_fp32_logits():
+    from rollout import Sampler
+
+    policy = Policy(tiny_model().to(torch.bfloat16), shares=True)
+    prompts = [[5, 6, 7, 8]] * 4
+    sampled = Sampler(policy.lm, end_ids=[63])(prompts, [6] * 4, [(i,) for i in range(4)])
+    trained = policy(prompts, [response.ids for response in sampled])
+    for response, logps in zip(sampled, trained):
+        gap = (torch.tensor(response.logps) - logps).abs().max()
+        assert 0 < gap < 0.2 and logps.dtype == torch.float32

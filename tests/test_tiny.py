@@ -359,7 +359,7 @@ def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made)
 def test_the_model_folder_loads_with_its_prompts(made, alone, prompts):
     cfg = configure(made, "searchqa")
     policy, tokenizer = train.open_policy(cfg.model, alone)
-    setup = train.open_setup(cfg, policy, tokenizer, temperature=1.0)
+    setup = train.open_setup(cfg, policy, tokenizer, kv_tokens=2**17, temperature=1.0)
     assert policy.shares and tokenizer.get_vocab() == tiny.ID
     assert setup.prompts.text(setup.prompts.problem) == tiny.PROBLEM
     assert setup.prompts.recall.literals == prompts.recall.literals

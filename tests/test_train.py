@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -90,7 +88,7 @@ def test_explicit_flags_win_over_the_models_settings_and_those_over_the_tasks(tm
 
 def test_a_setting_that_is_no_flag_is_named(tmp_path):
     (tmp_path / "memtrain.json").write_text('{"settings": {"all": {"chunk_token": 5}}}')
-    with pytest.raises(ValueError, match="chunk_token: no such flag"):
+    with pytest.raises(distributed.InputError, match="chunk_token: no such flag"):
         train.configure({"model": str(tmp_path), "data": ["x"]})
 
 
@@ -216,7 +214,8 @@ def some_sequences(count=12, seed=0, old=False, ref=False):
     shared, sequences = ids(20), []
     for i in range(count):
         prompt, response = (shared if i % 3 else []) + ids(rng.randint(1, 9)), ids(rng.randint(1, 7))
-        sequence = train.Sequence(prompt, response, rng.uniform(-1, 1), i % 4, logps(len(response)))
+        turn = Turn(prompt, response, False, logps(len(response)).tolist())
+        sequence = train.Sequence(turn, rng.uniform(-1, 1), i % 4)
         sequence.old_logps = logps(len(response)) if old else None
         sequence.ref_logps = logps(len(response)) if ref else None
         sequences.append(sequence)
@@ -242,7 +241,7 @@ def gradient(cfg, sequences):
     """The gradient of one update on one rank."""
     policy = grpo.Policy(tiny_model())
     recorder = Recorder(policy)
-    norm, _ = train.update(cfg, policy, recorder, sequences, Counter())
+    norm = train.update(cfg, policy, recorder, sequences, Counter())
     assert recorder.gradient is None or recorder.gradient.norm() == pytest.approx(norm, rel=1e-4)
     return recorder.gradient
 
@@ -250,16 +249,17 @@ def gradient(cfg, sequences):
 def plain_loss(cfg, model, sequences):
     """The loss of an update, turn by turn, straight from the equations."""
     turns = Counter(s.document for s in sequences)
-    tokens = sum(len(s.response) for s in sequences)
+    tokens = sum(len(s.turn.response_ids) for s in sequences)
     total = 0
     for s in sequences:
-        ids = torch.tensor([s.prompt + s.response])
-        logits = model(ids).logits[0, len(s.prompt) - 1 : -1] / cfg.temperature
-        logps = logits.log_softmax(-1).gather(-1, ids[0, len(s.prompt) :, None])[:, 0]
+        prompt, response, *_ = s.turn
+        ids = torch.tensor([prompt + response])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / cfg.temperature
+        logps = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
         ratio, d = (logps - s.old_logps).exp(), s.ref_logps - logps
         surrogate = torch.min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)
         weight = {
-            "sequence": 1 / (len(turns) * turns[s.document] * len(s.response)),
+            "sequence": 1 / (len(turns) * turns[s.document] * len(response)),
             "token": 1 / tokens,
             "constant": 1 / (len(sequences) * cfg.memory_tokens),
         }[cfg.aggregate]
@@ -284,7 +284,7 @@ def test_the_gradient_does_not_depend_on_the_size_of_a_row(alone):
 
 
 def test_a_non_finite_gradient_changes_no_weight(alone):
-    sequence = train.Sequence([1, 2], [3], math.inf, 0, torch.zeros(1))
+    sequence = train.Sequence(Turn([1, 2], [3], False, [0.0]), math.inf, 0)
     assert gradient(train.Config(), [sequence]) is None
 
 
@@ -293,9 +293,9 @@ def test_the_ratio_compares_with_the_policy_that_sampled(alone, old_logps):
     policy, sequences = grpo.Policy(tiny_model()), some_sequences()
     cfg = train.Config(documents_per_step=4, documents_per_update=2, old_logps=old_logps)
     train.add_old_logps(cfg, policy, sequences)
-    plain = policy([s.prompt for s in sequences], [s.response for s in sequences])
+    plain = policy([s.turn.prompt_ids for s in sequences], [s.turn.response_ids for s in sequences])
     for sequence, values in zip(sequences, plain):
-        expected = values.detach() if old_logps == "trainer" else sequence.sampled_logps
+        expected = values.detach() if old_logps == "trainer" else torch.tensor(sequence.turn.logps)
         torch.testing.assert_close(sequence.old_logps, expected)
 
 
@@ -305,7 +305,19 @@ def test_with_one_update_a_rollout_the_ratio_is_one_and_needs_no_pass_of_its_own
     train.add_old_logps(train.Config(), policy, sequences)
     assert all(sequence.old_logps is None for sequence in sequences)
     train.update(train.Config(), policy, Recorder(policy), sequences, totals)
-    assert totals["ratio"] == totals["tokens"] == sum(len(s.response) for s in sequences)
+    assert totals["ratio"] == totals["tokens"] == sum(len(s.turn.response_ids) for s in sequences)
+
+
+@pytest.mark.parametrize("old_logps", ["trainer", "sampler"])
+def test_the_mismatch_is_the_mean_distance_of_training_and_sampling(alone, old_logps):
+    sequences, totals = some_sequences(), Counter()
+    policy = grpo.Policy(tiny_model())
+    plain = policy([s.turn.prompt_ids for s in sequences], [s.turn.response_ids for s in sequences])
+    gaps = [values.detach() - torch.tensor(s.turn.logps) for s, values in zip(sequences, plain)]
+    cfg = train.Config(old_logps=old_logps)
+    train.add_old_logps(cfg, policy, sequences)
+    train.update(cfg, policy, Recorder(policy), sequences, totals)
+    assert totals["mismatch"] / totals["tokens"] == pytest.approx(float(torch.cat(gaps).abs().mean()), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -330,7 +342,7 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["turns"]) == 5 and len(sample["rewards"]) == 4
     config = json.loads((run / "config.json").read_text())["config"]
-    assert config["kv_tokens"] > 0 and config["steps"] == 2
+    assert config["kv_tokens"] == 0 and config["steps"] == 2  # 0: measured anew wherever the run goes on
 
     # the checkpoint is a model like any other, and brings prompts and settings along
     saved = run / "step-000002"
@@ -358,7 +370,7 @@ def test_post_training_takes_its_own_updates_from_every_rollout(
     seen, plain = [], train.update
 
     def recorded(cfg, policy, optimizer, sequences, totals):
-        seen.append({s.document for s in sequences})
+        seen.append({sequence.document for sequence in sequences})
         return plain(cfg, policy, optimizer, sequences, totals)
 
     monkeypatch.setattr(train, "update", recorded)
@@ -472,6 +484,7 @@ def no_template(tmp_path_factory):
         ("--model {no_template}", "needs --data"),
         ("--model {no_template} --task longqa --data fine.jsonl", "chat template"),
         ("--model {pocket} --documents_per_update 3", "multiple"),
+        ("--model {pocket} --temperature 0", "--temperature 0.0"),
         ("--task longqa --model {pocket} --data broken.jsonl", "broken.jsonl:2"),
         ("--task longqa --model {pocket} --data empty.jsonl", "empty.jsonl"),
         ("--task searchqa --model {pocket} --retriever nowhere.jsonl", "nowhere.jsonl"),
@@ -490,6 +503,11 @@ def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
     assert not Path("out").exists()
+
+
+def test_a_mistake_in_the_code_is_no_bad_input_and_keeps_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), distributed.one_line_errors(data.DataError):
+        int("a mistake")
 
 
 @pytest.mark.parametrize("flag", ["--nonsense", "--top_p", "--step"])

@@ -552,7 +552,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
     if args.steps < 1:
-        raise ValueError("--steps: the warm start takes at least 1")
+        raise distributed.InputError("--steps: the warm start takes at least 1")
     if args.command == "show":
         show()
     elif Path(args.out).exists():

@@ -372,6 +372,12 @@ def test_a_folder_that_is_there_is_left_alone(made, capsys):
     assert Path(made, "passages.jsonl").stat() == before
 
 
+def test_a_warm_start_of_no_steps_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tiny.main(["--out", str(tmp_path / "tiny"), "--steps", "0"])
+    assert capsys.readouterr().err == "error: --steps: the warm start takes at least 1\n"
+
+
 def test_nothing_is_left_behind_by_a_warm_start_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "warm_start", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -551,6 +551,7 @@ def main(argv=None):
     help = f"of the warm start [{WARM_STEPS}]"
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # two gain a third at best, and lose much where others work as well
     if args.steps < 1:
         raise distributed.InputError("--steps: the warm start takes at least 1")
     if args.command == "show":

@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -125,8 +126,10 @@ class Bench:
     def prompts(self, prompts, length, group=1, **_):
         """Random prompts, each `group` times in a row."""
         rng, result = random.Random(0), []
+        vocabulary = range(self.shape["vocab_size"])
         for _ in range(prompts):
-            result += [rng.choices(range(self.shape["vocab_size"]), k=length)] * group
+            prompt = rng.choices(vocabulary, k=length)
+            result += [prompt] * group
         return result
 
     def sampler(self, temperature=1.0):
@@ -147,18 +150,20 @@ class Bench:
         sampling = dict(do_sample=True, top_k=0) if temperature else {}
         self.plain.generation_config = GenerationConfig(**sampling, pad_token_id=0)
         self.plain.eval()
-        out = self.plain.generate(ids, attention_mask=mask, max_new_tokens=max(limits)).tolist()
+        out = self.plain.generate(ids, attention_mask=mask, max_new_tokens=max(limits))
         self.plain.train()
-        return [row[ids.shape[1] :][:limit] for row, limit in zip(out, limits)]
+        new = out[:, ids.shape[1] :].tolist()
+        return [row[:limit] for row, limit in zip(new, limits)]
 
     def update(self, prompts, responses, world=1):
-        """Gradients of a step, in rows of shared prefixes; the mean over the tokens of all ranks."""
+        """Gradients of a step, in rows of shared prefixes."""
         total = world * sum(map(len, responses))
         self.policy.zero_grad()
         for row in grpo.pack(prompts, responses, 32768):
             # iterators: FSDP would look for tensors in lists, id by id
-            turns = [iter([column[i] for i in row]) for column in (prompts, responses)]
-            logps = self.policy(*turns)
+            row_prompts = iter([prompts[i] for i in row])
+            row_responses = iter([responses[i] for i in row])
+            logps = self.policy(row_prompts, row_responses)
             losses = [step_loss(own, i, total) for i, own in zip(row, logps)]
             (world * sum(losses)).backward()  # FSDP averages over ranks
 
@@ -168,19 +173,23 @@ class Bench:
         self.plain.zero_grad()
         for first in range(0, len(prompts), rows):
             turns = list(zip(prompts, responses))[first : first + rows]
-            ids, mask = rollout.pad_left([p + r for p, r in turns], self.plain.device)
+            texts = [prompt + response for prompt, response in turns]
+            ids, mask = rollout.pad_left(texts, self.plain.device)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
             width = max(len(response) for _, response in turns)
             logits = self.plain(
                 ids[:, :-1],
                 attention_mask=mask[:, :-1],
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+                position_ids=positions[:, :-1],
                 use_cache=False,
                 logits_to_keep=0 if self.options.plain_logits == "full" else width,
             ).logits[:, -width:]
-            logps = logits.float().log_softmax(-1).gather(-1, ids[:, -width:, None])[..., 0]
+            logps = logits.float().log_softmax(-1)
+            logps = logps.gather(-1, ids[:, -width:, None])[..., 0]  # (rows, width)
             losses = []
             for row, (_, response) in enumerate(turns):
-                losses.append(step_loss(logps[row, -len(response) :], first + row, total))
+                own = logps[row, width - len(response) :]
+                losses.append(step_loss(own, first + row, total))
             sum(losses).backward()
 
     def equal_tokens(self, prompts, limits):
@@ -193,12 +202,13 @@ class Bench:
     def equal_gradients(self, prompts, responses):
         self.update(prompts, responses)
         self.plain_update(prompts, responses)
-        difference = norm = 0
+        differences, norms = [], []
         for ours, plain in zip(self.policy.lm.parameters(), self.plain.parameters()):
-            difference += float((ours.grad - plain.grad).float().square().sum())
-            norm += float(plain.grad.float().square().sum())
+            difference = ours.grad - plain.grad
+            differences.append(float(difference.float().norm()))
+            norms.append(float(plain.grad.float().norm()))
         bound = 1e-5 if self.options.dtype == "fp32" else 5e-2
-        return difference**0.5 < bound * norm**0.5
+        return math.hypot(*differences) < bound * math.hypot(*norms)
 
 
 def step_loss(logps, turn, total):
@@ -247,7 +257,8 @@ def update(bench, size):
 
 def sampling(bench, size):
     """The rollout alone."""
-    return _sampling(bench, bench.prompts(**size), [size["new"]] * size["group"] * size["prompts"])
+    prompts = bench.prompts(**size)
+    return _sampling(bench, prompts, [size["new"]] * len(prompts))
 
 
 def ragged(bench, size):
@@ -373,12 +384,13 @@ def run_worker(command, **environment):
 
 def memory_worker(options):
     """Prints the bytes that one run of a row's side adds to what is there before."""
-    bench, size = Bench(options, options.model), SIZES[options.shape][options.only]
-    warm_up = ROWS[options.only](bench, size | dict(prompts=1, length=8, new=2))
+    bench, make = Bench(options, options.model), ROWS[options.only]
+    size = SIZES[options.shape][options.only]
+    warm_up = make(bench, size | dict(prompts=1, length=8, new=2))
     getattr(warm_up, options.worker)()  # imports, thread pools and the like are loaded
     bench.policy.zero_grad()
     bench.plain.zero_grad()
-    row = ROWS[options.only](bench, size)
+    row = make(bench, size)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(options.device)
@@ -399,14 +411,14 @@ def peak_memory(device):
 def two_ranks(options):
     """The recall step on two gloo ranks against one, of one thread each: `plain` is one rank.
     Equal: the norm of the gradient."""
-    results = {2: [], 1: []}
+    times, norms = {2: [], 1: []}, []
     for world in [2, 1] * REPEATS:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         command = [*torchrun, __file__, "--worker", "rank"]
-        result = run_worker(command, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-        results[world].append(result)
-    ours, plain = [statistics.median(s for s, _ in values) for values in results.values()]
-    norms = [norm for values in results.values() for _, norm in values]
+        taken, norm = run_worker(command, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        times[world].append(taken)
+        norms.append(norm)
+    ours, plain = [statistics.median(values) for values in times.values()]
     equal = max(norms) / min(norms) - 1 < 1e-5
     result = {"shape": described("two ranks 5M", RANKS), "ours_s": ours, "plain_s": plain}
     return result | {"ratio": plain / ours, "equal": equal}
@@ -429,7 +441,7 @@ def rank_worker(options):
     limits = [RANKS["new"]] * len(prompts)
 
     for _ in range(2):  # the first one warms up
-        policy.zero_grad()
+        policy.zero_grad()  # of the shards, which `update` can't see inside `gathered`
         dist.barrier()
         start = time.perf_counter()
         with torch.no_grad(), distributed.gathered(policy):
@@ -454,7 +466,7 @@ def data_rate(options):
 
     rng = random.Random(0)
     words = ["river", "of", "stone", "kept", "under", "the", "old", "market.", "seven", "roads"]
-    names = ["".join(rng.choices("aeioulmnrst", k=6)).capitalize() for _ in range(5000)]
+    names = [f"N{number}" for number in range(5000)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         corpus = Path(folder, "corpus.jsonl")
         with corpus.open("w") as file:
@@ -499,8 +511,9 @@ def parse():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--shape", choices=[*SIZES], default="small", help=shapes)
-    logits = "positions whose logits the plain update computes"
-    parser.add_argument("--plain_logits", choices=["full", "responses"], default="full", help=logits)
+    logits = dict(choices=["full", "responses"], default="full")
+    what = "positions whose logits the plain update computes"
+    parser.add_argument("--plain_logits", **logits, help=what)
     # how this file starts itself
     parser.add_argument("--worker", choices=["ours", "plain", "rank"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)

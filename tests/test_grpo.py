@@ -27,8 +27,8 @@ def test_the_examples_in_the_docstrings_hold():
 
 
 def groups_of(size):
-    group = st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5]), min_size=size, max_size=size)
-    return st.lists(group, min_size=1, max_size=4)
+    reward = st.sampled_from([0.0, 0.25, 1.0, 1.5])
+    return st.lists(st.tuples(*[reward] * size), min_size=1, max_size=4)
 
 
 reward_groups = st.integers(2, 5).flatmap(groups_of)
@@ -47,12 +47,14 @@ def test_scale_group_divides_by_the_unbiased_standard_deviation(rewards):
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), scale="group")
     for group, row in zip(rewards, advantages.tolist(), strict=True):
         mean, deviation = statistics.mean(group), statistics.stdev(group)
-        assert row == pytest.approx([(reward - mean) / (deviation + 1e-6) for reward in group])
+        expected = [(reward - mean) / (deviation + 1e-6) for reward in group]
+        assert row == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("scale", ["none", "group"])
 def test_a_group_without_spread_has_no_advantage(scale):
-    assert group_advantages(torch.tensor([[1.0] * 8, [0.0] * 8]), scale).abs().max() == 0
+    for reward in (0.0, 1.0):
+        assert not group_advantages(torch.full((1, 8), reward), scale).any()
 
 
 @pytest.mark.parametrize("scale", ["typo", "", None, "Group"])
@@ -64,34 +66,41 @@ def test_an_unknown_scale_is_refused(scale):
 # --------------------------------------------------------------------------------------- weights
 
 
-def test_token_weights_worked_by_hand():
-    lengths, document = [2, 1, 3], ["a", "a", "b"]
-    by_document = token_weights(lengths, "sequence", document).tolist()
-    assert by_document == pytest.approx([1 / 8] * 2 + [1 / 4] + [1 / 6] * 3)
-    one_document = token_weights(lengths, "sequence").tolist()
-    assert one_document == pytest.approx([1 / 6] * 2 + [1 / 3] + [1 / 9] * 3)
-    assert token_weights(lengths, "token", document).tolist() == pytest.approx([1 / 6] * 6)
-    constant = token_weights(lengths, "constant", document, count=10).tolist()
-    assert constant == pytest.approx([1 / 30] * 6)
+@pytest.mark.parametrize("how, expected", [
+    (dict(aggregate="sequence", document="aab"), [1 / 8, 1 / 4, 1 / 6]),
+    (dict(aggregate="sequence"), [1 / 6, 1 / 3, 1 / 9]),
+    (dict(aggregate="token"), [1 / 6] * 3),
+    (dict(aggregate="constant", count=10), [1 / 30] * 3),
+])  # fmt: skip
+def test_token_weights_worked_by_hand(how, expected):
+    """Turns of 2, 1 and 3 tokens; expected: of a token of each."""
+    first, second, third = token_weights([2, 1, 3], **how).split([2, 1, 3])
+    for weights, weight in zip((first, second, third), expected):
+        assert weights.tolist() == pytest.approx([weight] * len(weights))
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=8))
+turns = st.tuples(st.integers(1, 9), st.integers(0, 2))  # length, document
+
+
+@given(st.lists(turns, min_size=1, max_size=8))
 def test_token_weights_are_the_nested_means_of_equation_4(turns):
     """The loss of arbitrary token losses, against loops that take mean after mean."""
     lengths, documents = zip(*turns)
-    mean, per_turn, per_document = statistics.fmean, [], {}
+    mean, tokens, per_turn, per_document = statistics.fmean, [], [], {}
     for turn, (length, document) in enumerate(turns):
-        per_turn.append([math.sin(10 * turn + token) for token in range(length)])
-        per_document.setdefault(document, []).append(mean(per_turn[-1]))
-    tokens = [loss for turn in per_turn for loss in turn]
+        losses = [math.sin(10 * turn + token) for token in range(length)]
+        tokens += losses
+        per_turn.append(sum(losses))
+        per_document.setdefault(document, []).append(mean(losses))
 
     def weighted(*how, **kwargs):
-        weights = token_weights(lengths, *how, **kwargs).tolist()
-        return pytest.approx(sum(w * t for w, t in zip(weights, tokens)), abs=1e-6)
+        weights = token_weights(lengths, *how, **kwargs)
+        return float((weights * torch.tensor(tokens)).sum())
 
-    assert mean(map(mean, per_document.values())) == weighted("sequence", documents)
-    assert mean(tokens) == weighted("token")
-    assert mean(sum(turn) / 9 for turn in per_turn) == weighted("constant", count=9)
+    nested = mean(map(mean, per_document.values()))
+    assert weighted("sequence", documents) == pytest.approx(nested, abs=1e-6)
+    assert weighted("token") == pytest.approx(mean(tokens), abs=1e-6)
+    assert weighted("constant", count=9) == pytest.approx(mean(per_turn) / 9, abs=1e-6)
 
 
 def test_weights_of_nothing_are_empty_and_an_unknown_aggregate_is_refused():
@@ -117,17 +126,22 @@ def slow_token_loss(logp, old, ref, advantage, low, high, dual_clip, kl_coef):
     return -gain + kl_coef * k3
 
 
-@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4)])
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
-def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_coef):
+def random_numbers():
+    """Log-probs, old and reference ones, advantages, weights of 400 tokens."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(5, 400, generator=generator, dtype=torch.float64)
     logps, old, ref = numbers[:3] - 3
     advantages, weights = numbers[3], numbers[4].abs()
     advantages[:20] = 0
-    logps.requires_grad_()
-    loss, metrics = policy_loss(
+    return logps.requires_grad_(), old, ref, advantages, weights
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4)])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_coef):
+    logps, old, ref, advantages, weights = random_numbers()
+    loss, _ = policy_loss(
         logps,
         old,
         advantages,
@@ -141,22 +155,35 @@ def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_c
     loss.backward()
 
     # token by token; gradients by central differences
-    total, step = 0.0, 1e-6
-    columns = [column.tolist() for column in (logps, old, ref, advantages, weights, logps.grad)]
-    for logp, *rest, weight, gradient in zip(*columns):
-        at = [slow_token_loss(logp + d, *rest, low, high, dual_clip, kl_coef) for d in (-step, 0, step)]
-        total += weight * at[1]
-        assert gradient == pytest.approx(weight * (at[2] - at[0]) / (2 * step), rel=1e-6, abs=1e-7)
+    total, step, how = 0.0, 1e-6, (low, high, dual_clip, kl_coef)
+    columns = (logps, old, ref, advantages, weights, logps.grad)
+    for logp, *rest, weight, gradient in zip(*[column.tolist() for column in columns]):
+        total += weight * slow_token_loss(logp, *rest, *how)
+        above = slow_token_loss(logp + step, *rest, *how)
+        below = slow_token_loss(logp - step, *rest, *how)
+        slope = weight * (above - below) / (2 * step)
+        assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-7)
     assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
 
-    # metrics
-    ratio = (logps.detach() - old).exp()
-    assert metrics["clip_high"] == sum((ratio > 1 + high) & (advantages > 0)) / 400 > 0.05
-    assert metrics["clip_low"] == sum((ratio < 1 - low) & (advantages < 0)) / 400 > 0.05
-    assert metrics["ratio"] == pytest.approx(float(ratio.mean()))
-    assert metrics["entropy"] == -logps.detach().mean()
-    assert ("kl" in metrics) == bool(kl_coef)
-    assert not any(value.requires_grad for value in metrics.values())
+
+def test_metrics_are_means_over_the_tokens():
+    logps, old, ref, advantages, weights = random_numbers()
+    rest, clip = (advantages, weights), dict(clip_low=0.1, clip_high=0.4)
+    _, metrics = policy_loss(logps, old, *rest, **clip, ref_logps=ref)
+    counts = dict.fromkeys(["clip_high", "clip_low", "ratio", "entropy", "kl"], 0)
+    columns = [column.tolist() for column in (logps, old, ref, advantages)]
+    for logp, before, reference, advantage in zip(*columns):
+        ratio = math.exp(logp - before)
+        counts["clip_high"] += advantage > 0 and ratio > 1.4
+        counts["clip_low"] += advantage < 0 and ratio < 0.9
+        counts["ratio"] += ratio
+        counts["entropy"] -= logp
+        counts["kl"] += math.exp(reference - logp) - (reference - logp) - 1
+    assert metrics.keys() == counts.keys()
+    for name, count in counts.items():
+        assert metrics[name] == pytest.approx(count / 400)
+        assert not metrics[name].requires_grad
+    assert "kl" not in policy_loss(logps, old, advantages, weights)[1]
 
 
 @pytest.mark.parametrize("ratio, advantage, dual_clip, loss, gradient", [
@@ -170,9 +197,9 @@ def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_c
     (2.0, -1.0, 3.0, 2.0, 2.0),
 ])  # fmt: skip
 def test_clip_and_dual_clip_worked_by_hand(ratio, advantage, dual_clip, loss, gradient):
-    logps = torch.tensor([math.log(ratio)], requires_grad=True)
-    old, weight = torch.zeros(1), torch.ones(1)
-    value, _ = policy_loss(logps, old, torch.tensor([advantage]), weight, dual_clip=dual_clip)
+    logps = torch.tensor([ratio]).log().requires_grad_()
+    old, weight, advantage = torch.zeros(1), torch.ones(1), torch.tensor([advantage])
+    value, _ = policy_loss(logps, old, advantage, weight, dual_clip=dual_clip)
     value.backward()
     assert float(value.detach()) == pytest.approx(loss)
     assert float(logps.grad) == pytest.approx(gradient)
@@ -183,10 +210,10 @@ def test_k3_averages_to_the_true_kl_of_policy_to_reference():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     policy, reference = (1.5 * logits).log_softmax(-1)
-    zeros = torch.zeros(6)
+    rest = torch.zeros(6), torch.zeros(6), policy.exp()  # its own probabilities are the weights
 
-    def mean_k3(logps, ref_logps):  # the policy's own probabilities are the weights
-        loss, _ = policy_loss(logps, zeros, zeros, policy.exp(), ref_logps=ref_logps, kl_coef=1.0)
+    def mean_k3(logps, ref_logps):
+        loss, _ = policy_loss(logps, *rest, ref_logps=ref_logps, kl_coef=1.0)
         return float(loss)
 
     kl = float((policy.exp() * (policy - reference)).sum())
@@ -196,18 +223,18 @@ def test_k3_averages_to_the_true_kl_of_policy_to_reference():
 
 @pytest.mark.parametrize("old", [-1.0, -3.0])
 def test_the_kl_term_is_not_multiplied_by_the_ratio(old):
-    logps, ref, zero = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.zeros(1)
-    loss, metrics = policy_loss(
-        logps, torch.tensor([old]), zero, torch.ones(1), ref_logps=ref, kl_coef=1.0
-    )
+    rest = torch.tensor([old]), torch.zeros(1), torch.ones(1)
+    ref = torch.tensor([-2.0])
+    loss, metrics = policy_loss(torch.tensor([-1.0]), *rest, ref_logps=ref, kl_coef=1.0)
     assert loss == metrics["kl"] == pytest.approx(math.exp(-1))
 
 
 def test_log_ratios_are_clamped_before_exp():
     logps = torch.tensor([-1e4, -0.5, 0.0, -200.0], requires_grad=True)
-    old, ref = torch.tensor([-0.5, -1e4, -200.0, 0.0]), torch.tensor([0.0, -1e4, -1e4, 0.0])
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    loss, metrics = policy_loss(logps, old, advantages, torch.ones(4), ref_logps=ref, kl_coef=1.0)
+    old = torch.tensor([-0.5, -1e4, -200.0, 0.0])
+    ref = torch.tensor([0.0, -1e4, -1e4, 0.0])
+    advantages, weights = torch.tensor([1.0, -1.0, -1.0, 1.0]), torch.ones(4)
+    loss, metrics = policy_loss(logps, old, advantages, weights, ref_logps=ref, kl_coef=1.0)
     loss.backward()
     for value in (loss, logps.grad, *metrics.values()):
         assert value.isfinite().all()
@@ -216,38 +243,47 @@ def test_log_ratios_are_clamped_before_exp():
 
 # --------------------------------------------------------------------------------- rows and units
 
-token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=6)
-turn_lists = st.lists(st.tuples(token_lists, token_lists), max_size=9)
+tokens = st.integers(3, 5)
+turn_lists = st.lists(  # document, rest of the prompt, response
+    st.tuples(
+        st.integers(0, 2),
+        st.lists(tokens, min_size=1, max_size=3),
+        st.lists(tokens, min_size=1, max_size=5),
+    ),
+    max_size=12,
+)
 
 
-def laid_out(prompts, responses):
-    """Tokens of a row: every prefix once, then the tails without their last token."""
-    tokens = 0
+def row_tokens(prompts, responses):
+    """Every prefix once, then the tails without their last token."""
+    tokens = sum(map(len, responses)) - len(responses)
     for prefix, turns in shared_prefixes(prompts):
-        tokens += prefix
-        for i in turns:
-            tokens += len(prompts[i]) - prefix + len(responses[i]) - 1
+        tokens += prefix + sum(len(prompts[i]) - prefix for i in turns)
     return tokens
 
 
-@given(turn_lists, st.integers(1, 40))
+@given(turn_lists, st.integers(1, 60))
 def test_pack_puts_every_turn_into_one_row_and_keeps_to_the_limit(turns, limit):
-    prompts, responses = [prompt for prompt, _ in turns], [response for _, response in turns]
+    prompts = [[document] * 8 + rest for document, rest, _ in turns]
+    responses = [response for *_, response in turns]
     rows = pack(prompts, responses, limit)
-    assert sorted(i for row in rows for i in row) == list(range(len(turns)))
+    assert sorted(sum(rows, [])) == list(range(len(turns)))
     for row in rows:
-        tokens = laid_out([prompts[i] for i in row], [responses[i] for i in row])
+        tokens = row_tokens([prompts[i] for i in row], [responses[i] for i in row])
         assert tokens <= limit or len(row) == 1
 
 
 def test_pack_wastes_no_rows_and_begins_with_the_longest():
+    def sizes(prompts, limit):
+        return list(map(len, pack(prompts, [[0] * 5] * 8, limit)))
+
     strangers = [[i] * 10 for i in range(8)]  # 8 turns of 14 tokens, nothing shared
-    assert [len(row) for row in pack(strangers, [[0] * 5] * 8, 28)] == [2, 2, 2, 2]
+    assert sizes(strangers, 28) == [2, 2, 2, 2]
     alike = [[1] * 10] * 8  # a prefix of 9 tokens, then 5 for each
-    assert len(pack(alike, [[0] * 5] * 8, 9 + 8 * 5)) == 1
-    assert [len(row) for row in pack(alike, [[0] * 5] * 8, 9 + 8 * 5 - 1)] == [7, 1]
-    longer = [[i] * length for i, length in enumerate([3, 30, 12])]
-    assert pack(longer, [[0]] * 3, 14) == [[1], [2], [0]]
+    assert sizes(alike, 49) == [8]
+    assert sizes(alike, 48) == [7, 1]
+    unequal = [[1] * 3, [2] * 30, [3] * 12]
+    assert pack(unequal, [[0]] * 3, 14) == [[1], [2], [0]]
 
 
 def visible(units):
@@ -291,29 +327,34 @@ def test_a_position_attends_to_its_prefix_and_its_own_tail_and_to_nothing_else(t
 
 # ---------------------------------------------------------------------------------------- policy
 
-P = [7, 8, 9, 10, 11, 12, 13, 14]
+def word(text):
+    """Token ids that read well."""
+    return [ord(letter) - ord("A") for letter in text]
+
+
+P = "abcdefgh"
 TURNS = [  # (prompt, response), out of order: equal, partial and nested prefixes, strangers
-    (P, [3]),
-    ([20, 21, 22], [5, 6, 7, 8]),
-    (P + [30, 31], [1, 2, 3, 4, 5, 6, 7, 8, 9]),
-    (P, [4, 4, 4]),
-    ([50], [51]),
-    (P + [30], [9, 3]),
-    ([20, 21, 23, 24, 25], [6, 2]),
-    (P, [4, 4, 5]),
-    ([40, 41, 42], [2, 60, 3]),
-    ([50], [51, 52]),
-    (P[:3] + [33, 34], [7]),
+    (P, "C"),
+    ("NOT", "EFGH"),
+    (P + "ij", "BCDEFGHIJ"),
+    (P, "DDD"),
+    ("X", "Y"),
+    (P + "i", "JC"),
+    ("NOWHERE", "GB"),
+    (P, "DDE"),
+    ("some", "BzC"),
+    ("X", "YZ"),
+    ("abcXY", "H"),
 ]
-PROMPTS, RESPONSES = [list(column) for column in zip(*TURNS)]
+PROMPTS, RESPONSES = [list(map(word, column)) for column in zip(*TURNS)]
 
 
 def plain_logps(model, temperature=1.0):
     """Of every turn, by one unpadded forward each of an untouched model."""
     result = []
-    for prompt, response in TURNS:
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logps = (logits / temperature).log_softmax(-1)
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+        logps = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         result.append(logps[range(len(response)), response])
     return result
 
@@ -392,7 +433,7 @@ def test_a_common_prefix_runs_once():
     policy, lengths = Policy(tiny_model()), []
     hook = policy.lm.model.embed_tokens.register_forward_hook
     hook(lambda module, args, out: lengths.append(out.shape[1]))
-    policy([[*range(1, 41)]] * 8, [[5, 6, 7]] * 8)
+    policy([word(P) * 5] * 8, [word("xyz")] * 8)
     assert lengths == [39 + 8 * 3]
 
 
@@ -400,24 +441,25 @@ def test_the_end_token_is_trained_even_where_it_is_the_whole_response_and_the_pa
     """Its log-prob is in the output, and a step along its gradient raises it."""
     end = 2
     policy = Policy(tiny_model(eos_token_id=end, pad_token_id=end))
-    prompts, responses = [[5, 6], [5, 6]], [[end], [9, end]]
-    before = policy(prompts, responses)
-    assert [len(x) for x in before] == [1, 2]
+    turns = [word("xy")] * 2, [[end], [9, end]]
+    before = policy(*turns)
+    assert list(map(len, before)) == [1, 2]
     (before[0][-1] + before[1][-1]).backward()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 1e-3 * parameter.grad
-    for old, new in zip(before, policy(prompts, responses)):
+    for old, new in zip(before, policy(*turns)):
         assert new[-1] > old[-1]
 
 
 def test_log_probs_stay_with_their_turns_whatever_the_order_or_the_kind_of_iterable():
     policy = Policy(tiny_model(), shares=True)
     straight = policy(PROMPTS, RESPONSES)
-    for shift in (1, 4):
-        shifted = [column[shift:] + column[:shift] for column in (PROMPTS, RESPONSES)]
-        assert_close(policy(*map(iter, shifted)), straight[shift:] + straight[:shift])
-    assert shifted == [PROMPTS[4:] + PROMPTS[:4], RESPONSES[4:] + RESPONSES[:4]]  # unchanged
+    for order in (range(10, -1, -1), [4, 5, 6, 7, 8, 9, 10, 0, 1, 2, 3]):
+        prompts, responses = [PROMPTS[i] for i in order], [RESPONSES[i] for i in order]
+        logps = policy(iter(prompts), iter(responses))
+        assert_close(logps, [straight[i] for i in order])
+        assert responses == [RESPONSES[i] for i in order]  # nothing was written into
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
@@ -430,14 +472,17 @@ def test_the_gradient_of_a_step_does_not_depend_on_tokens_per_forward(aggregate)
         policy.zero_grad()
         rows = pack(PROMPTS, RESPONSES, tokens_per_forward)
         for row in rows:
-            logps = torch.cat(policy([PROMPTS[i] for i in row], [RESPONSES[i] for i in row]))
-            advantages = torch.cat([torch.full((lengths[i],), math.sin(i)) for i in row])
-            row_weights = torch.cat([weights[i] for i in row])
-            loss, _ = policy_loss(logps, logps.detach() + 0.1, advantages, row_weights)
-            loss.backward()
+            all_logps = policy([PROMPTS[i] for i in row], [RESPONSES[i] for i in row])
+            losses = []
+            for i, logps in zip(row, all_logps):
+                advantages = torch.full_like(logps, math.sin(i))
+                losses.append(policy_loss(logps, logps.detach() + 0.1, advantages, weights[i])[0])
+            sum(losses).backward()
         return len(rows), {name: p.grad.clone() for name, p in policy.named_parameters()}
 
-    (one, expected), (some, in_some), (all_turns, one_by_one) = map(step, (10_000, 24, 1))
+    one, expected = step(10_000)
+    some, in_some = step(24)
+    all_turns, one_by_one = step(1)
     assert one == 1 < some < all_turns == len(TURNS)
     assert_equal_gradients(in_some, expected, rtol=3e-6)
     assert_equal_gradients(one_by_one, expected, rtol=3e-6)
@@ -472,7 +517,7 @@ def test_a_model_that_a_row_of_units_would_get_wrong_runs_its_turns_one_by_one(a
 
 def test_a_few_steps_on_advantages_make_the_rewarded_responses_likelier():
     policy = Policy(tiny_model())
-    prompts, responses = [P] * 4, [[1, 2], [3, 2], [4, 5, 2], [6, 2]]
+    prompts, responses = [word(P)] * 4, list(map(word, ["AB", "CB", "DEB", "FB"]))
     lengths = [len(response) for response in responses]
     weights = token_weights(lengths, "sequence")
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))[0]

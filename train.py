@@ -835,12 +835,9 @@ def train(cfg, device):
     rows, heldout = TASKS[cfg.task].load(cfg)
     heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
     search = open_search(cfg)
-    sampling = dict(
-        kv_tokens=cfg.kv_tokens or distributed.kv_budget(lm, device),
-        temperature=cfg.temperature,
-        search=search,
-    )
-    setup = open_setup(cfg, policy, tokenizer, **sampling)
+    kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
+    sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)
+    setup = open_setup(cfg, policy, tokenizer, search=search, **sampling)
     check_budget(setup, rows, lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),

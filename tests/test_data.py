@@ -815,7 +815,9 @@ def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(content,
         6,
     ]
     assert run(*arguments) == 2
-    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()  # a bar, where the machine is slow
+    errors = [line for line in shown if line and "entities:" not in line]
+    assert len(errors) == 1 and re.fullmatch(rf"error: .*{message}.*", errors[0])
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 ATTENTION = "shared_prefix"  # the name of our attention function in transformers' registry
-TAILS = 1024  # tokens of short tails that share one attention call, under one dense mask
+TAILS = 512  # tokens of short tails that share one attention call, under one dense mask
 HEAD_CHUNK = 1024  # response positions whose logits exist at one time
 
 
@@ -184,8 +184,7 @@ def pack(prompts, responses, tokens_per_forward):
     """Divides turns into rows of at most tokens_per_forward tokens: lists of turn indices.
 
     Turns with a common prefix stay together as far as they fit; a turn that is too long by itself
-    gets a row of its own. The longest row comes first. (A row's turns are grouped anew when it
-    runs, which can come to a few per cent more.)
+    gets a row of its own. The longest row comes first.
     """
     # units: turns with a common prefix, cut where they outgrow a row
     units = []  # (tokens, turns)
@@ -210,8 +209,26 @@ def pack(prompts, responses, tokens_per_forward):
                 break
         else:
             rows.append([tokens, list(unit)])
-    rows.sort(key=lambda row: -row[0])
-    return [turns for _, turns in rows]
+
+    # a row's turns are grouped anew when it runs: what is too much then gets rows of its own
+    packed = []
+    for _, turns in rows:
+        while len(turns) > 1 and row_tokens(prompts, responses, turns) > tokens_per_forward:
+            packed.append([turns.pop()])
+        packed.append(turns)
+    return sorted(packed, key=lambda turns: -row_tokens(prompts, responses, turns))
+
+
+def row_tokens(prompts, responses, turns):
+    """The tokens that run in a row of these turns.
+
+    >>> row_tokens([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]], [0, 1])
+    5
+    """
+    tokens = sum(len(prompts[i]) + len(responses[i]) - 1 for i in turns)
+    for prefix, members in shared_prefixes([prompts[i] for i in turns]):
+        tokens -= prefix * (len(members) - 1)
+    return tokens
 
 
 class Unit:

@@ -441,15 +441,15 @@ class Draw:
         self.uniform, self.logps = uniform, []
 
     def __call__(self, input_ids, scores):
-        logps = scores.float().log_softmax(-1)  # (B, V)
+        probabilities = scores.float().softmax(-1)  # (B, V)
         if self.uniform is None:
-            token = logps.argmax(-1, keepdim=True)  # (B, 1)
+            token = probabilities.argmax(-1, keepdim=True)  # (B, 1)
         else:
-            cumulative = logps.double().exp().cumsum(-1)
+            cumulative = probabilities.cumsum(-1, dtype=torch.float64)
             number = self.uniform[:, len(self.logps), None] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, number, right=True)
             token = token.clamp(max=scores.shape[-1] - 1)
-        self.logps.append(logps.gather(-1, token)[:, 0])
+        self.logps.append(probabilities.gather(-1, token)[:, 0].log())
         # `generate` takes the largest score: leave it no choice
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 

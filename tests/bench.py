@@ -262,12 +262,11 @@ def sampling(bench, size):
 
 
 def ragged(bench, size):
-    """The rollout of one sample a prompt, with unequal limits that use 38 % of the row-steps."""
+    """The rollout of one sample a prompt, with limits that use about 38 % of the row-steps."""
     count, limits = size["prompts"], []
     for i in range(count):
         place = (7 * i % count + 0.5) / count  # 0 to 1, shuffled
         limits.append(max(1, round(size["new"] * place**1.63)))
-    limits[0] = size["new"]
     return _sampling(bench, bench.prompts(**size), limits)
 
 

@@ -401,3 +401,20 @@ main()
 def test_an_error_of_one_rank_or_of_all_is_one_line_and_ends_the_run(who, tmp_path):
     done = run([who], tmp_path, LONE_FAILURE, ranks=2)
     assert done.returncode == 1 and errors_of(done) == ["error: no such thing"], done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(alone, monkeypatch):
+    """Two layers of two key heads of 8 in bf16: 128 bytes a token; three quarters of what is free are used."""
+    lm, device = tiny_model(), torch.device("cuda")
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters + 128_000, 0))
+    assert distributed.kv_budget(lm, device) == 750
+    assert distributed.kv_budget(lm, device, trained=False) == int(0.75 * (12 * parameters + 128_000) / 128)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters - 1, 0))
+    with pytest.raises(distributed.InputError, match="leaves no memory for a rollout"):
+        distributed.kv_budget(lm, device)
+    assert distributed.kv_budget(lm, torch.device("cpu")) == 131072

@@ -865,3 +865,17 @@ def test_uniform_noise_is_uniform_and_unrelated_from_key_to_key():
     shifted = [rows, rows.roll(1, 1), rows.roll(2, 1), rows.roll(64, 1)]
     related = torch.corrcoef(torch.cat(shifted)).fill_diagonal_(0)
     assert related.abs().max() < 5 / 4096**0.5
+
+
+def test_generate_is_not_left_to_compile_by_itself_on_a_gpu():
+    """A StaticCache on CUDA makes `generate` compile its steps unless it is told not to."""
+    model, seen = tiny_model(), []
+    plain = model.generate
+
+    def generate(*arguments, **named):
+        seen.append(model.generation_config.disable_compile)
+        return plain(*arguments, **named)
+
+    model.generate = generate
+    Sampler(model, end_ids=[63])([[5, 6, 7]], [3], [(0,)])
+    assert seen and all(seen) and not model.generation_config.disable_compile

@@ -442,6 +442,12 @@ def test_the_interval_is_wilsons_and_stays_inside():
     assert train.interval([0.0] * 10)[:2] == (0.0, 0.0) and train.interval([1.0] * 10)[2] == 1.0
 
 
+def test_transcripts_with_any_kind_of_line_break_are_read_back(tmp_path):
+    record = {"step": 1, "answer": "a\u2028b\u0085c\r\nd"}
+    train.append(tmp_path / "metrics.jsonl", [record, record])
+    assert train.read_metrics(tmp_path) == [record, record]
+
+
 def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypatch):
     """Four ranks, one after the other: together they see every row once."""
     seen = []

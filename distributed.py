@@ -241,12 +241,12 @@ def load_model(path, dtype):
         config.dtype = None  # "auto" would believe the config rather than the files
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         return lm, AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives "
             f"({reason})"
-        )
+        ) from None
 
 
 def save_checkpoint(out, step, policy, optimizer, tokenizer, keep=2, files=None):

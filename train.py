@@ -211,7 +211,10 @@ def model_settings(model):
     """memtrain.json of a model folder, {} without: prompts ("problem", "templates") and defaults
     for flags ("settings": {"all": {..}, task: {..}}) that travel with the model."""
     file = Path(model, "memtrain.json")
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg}); repair it") from None
 
 
 # ------------------------------------------------------------------------- what a rollout needs

@@ -511,6 +511,15 @@ def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(
     assert not Path("out").exists()
 
 
+def test_a_model_folder_that_can_not_be_understood_is_bad_input(tmp_path):
+    (tmp_path / "memtrain.json").write_text('{\n"problem": ')
+    with pytest.raises(distributed.InputError, match="memtrain.json:2: not JSON"):
+        train.configure({"model": str(tmp_path), "data": ["x"]})
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    with pytest.raises(distributed.InputError, match="not a folder with a checkpoint"):
+        distributed.load_model(str(tmp_path), "auto")
+
+
 def test_a_mistake_in_the_code_is_no_bad_input_and_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"), distributed.one_line_errors(data.DataError):
         int("a mistake")

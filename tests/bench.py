@@ -455,7 +455,7 @@ def rank_worker(options):
     norm = float(norm.full_tensor() if world > 1 else norm)
     if distributed.rank() == 0:
         print(json.dumps([taken, norm]))
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 # ------------------------------------------------------------------------------------- documents

@@ -95,6 +95,9 @@ from test_train import Recorder, some_sequences
 device = distributed.start_ranks()
 share = (lambda s: s.document % 2) if sys.argv[2] == "even" else (lambda s: 0)
 mine = [s for s in some_sequences() if share(s) == distributed.rank()]
+if sys.argv[2] == "dealt":  # rank 0 had everything
+    mine = train.deal(mine)
+    assert mine
 policy = distributed.shard(grpo.Policy(tiny_model()), device)
 recorder = Recorder(policy)
 with contextlib.suppress(ConnectionError), torch.no_grad(), distributed.gathered(policy):
@@ -110,7 +113,7 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize("share", ["even", "empty"])
+@pytest.mark.parametrize("share", ["even", "empty", "dealt"])
 def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
     done = run([tmp_path / "result", share], tmp_path, TWO_RANKS, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]

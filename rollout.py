@@ -602,7 +602,8 @@ class Sampler:
         if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
             piece = max(PREFILL // prefix_ids.numel(), 1)
-            self._generate(prefix_ids, prefix_mask, once, 1, prefill_chunk_size=piece)
+            settings = dict(prefill_chunk_size=piece, disable_compile=True)
+            self._generate(prefix_ids, prefix_mask, once, 1, **settings)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])

@@ -205,6 +205,54 @@ def _fsdp_units(policy):
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
+def training_memory(config, world, tokens, reference=True):
+    """What training takes of each of `world` GPUs, by arithmetic -> (states, row), bytes.
+
+    states: 16 bytes a parameter, sharded (fp32 weights, gradients and AdamW), 2 more for a
+    reference, sharded, too, and 2 for the weights in bf16 while they are gathered.
+    row: a training row of `tokens`, checkpointed: every layer's input, and what one layer (with its
+    gradients) and the logits of 1024 positions take while they are made again. In bf16, but for
+    the logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    states = (16 + 2 * reference) * parameters / world + 2 * parameters
+    text = config.get_text_config()
+    width, heads = text.hidden_size, text.num_attention_heads * head_size(text)
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    layer = 2 * (6 * width + 6 * heads + 4 * inner)
+    row = 2 * tokens * (text.num_hidden_layers * width + layer)
+    return int(states), row + 3 * 4 * 1024 * text.vocab_size
+
+
+def check_memory(path, device, tokens, reference=True):
+    """InputError, before anything is loaded, where a GPU is too small to train a model; with the
+    number of such GPUs that are needed. Nothing is known of a CPU's memory."""
+    if device.type == "cpu":
+        return
+    config, total = load_config(path), torch.cuda.get_device_properties(device).total_memory
+    states, row = training_memory(config, world_size(), tokens, reference)
+    if states + row <= total:
+        return
+    advice = "take a smaller model"
+    for world in range(world_size() + 1, 1025):
+        if sum(training_memory(config, world, tokens, reference)) <= total:
+            advice = f"take {world} such GPUs or more"
+            break
+    raise InputError(
+        f"--model {path} needs {(states + row) / 1e9:.0f} GB of a GPU ({states / 1e9:.0f} for "
+        f"weights, gradients, optimizer and reference, {row / 1e9:.0f} for a row of {tokens} "
+        f"tokens), which has {total / 1e9:.0f}: {advice}, or lower --tokens_per_forward"
+    )
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kv_budget(lm, device, trained=True):
     """Tokens of KV cache for a rollout: three quarters of what the fullest rank has free once the
     weights are gathered and, where it is `trained`, gradients and optimizer state exist (12 bytes a
@@ -222,8 +270,8 @@ def kv_budget(lm, device, trained=True):
             "use more GPUs, or a smaller model"
         )
     config = lm.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * width * config.num_hidden_layers * config.num_key_value_heads * head
+    heads = config.num_key_value_heads * head_size(config)
+    bytes_per_token = 2 * width * config.num_hidden_layers * heads
     return int(0.75 * free / bytes_per_token)
 
 
@@ -245,14 +293,30 @@ def load_model(path, dtype):
     """-> (causal language model on the CPU, tokenizer), of a Hub name or a folder.
 
     dtype "auto": as the weights lie in the files, which are then only mapped into memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    config = load_config(path)
+    config.dtype = None  # "auto" would believe the config rather than the files
     path = checkpoint_path(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        config.dtype = None  # "auto" would believe the config rather than the files
+    with naming(path):
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         return lm, AutoTokenizer.from_pretrained(path)
+
+
+def load_config(path):
+    """The configuration of a Hub name or a folder."""
+    from transformers import AutoConfig
+
+    path = checkpoint_path(path)
+    with naming(path):
+        return AutoConfig.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """What can't be loaded inside is an InputError that names the path."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

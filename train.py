@@ -875,11 +875,13 @@ def memory_gb(device):
 def train(cfg, device):
     """The whole run, from top to bottom."""
     # model and reference, data, search and sampler, optimizer
+    distributed.check_memory(cfg.model, device, cfg.tokens_per_forward, cfg.kl > 0)
     policy, tokenizer = open_policy(cfg.model, device)
     reference = open_reference(cfg, policy, device) if cfg.kl > 0 else None
     lm = policy.train().lm
     if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # later transformers warn about the name that 5.17 has alone
+        getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
     rows, heldout = TASKS[cfg.task].load(cfg)
     heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
     search = open_search(cfg)

@@ -468,6 +468,31 @@ def test_ranks_whose_work_is_done_end_well_whatever_python_would_do_at_its_exit(
 # ---------------------------------------------------------------------------------------------------- memory
 
 
+def test_training_memory_is_18_bytes_a_parameter_sharded_and_2_gathered_and_grows_with_the_row():
+    lm = tiny_model(tie_word_embeddings=True)
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    one, row = distributed.training_memory(lm.config, 1, tokens=100)
+    assert one == 20 * parameters
+    assert distributed.training_memory(lm.config, 4, 100, reference=False)[0] == 6 * parameters
+    logits = 12 * 1024 * lm.config.vocab_size
+    assert distributed.training_memory(lm.config, 1, 300)[1] - logits == 3 * (row - logits) > 0
+
+
+def test_a_model_that_fits_no_gpu_is_refused_with_numbers_before_it_is_loaded(alone, tmp_path, monkeypatch):
+    config, device = tiny_model().config, torch.device("cuda")
+    config.save_pretrained(tmp_path)  # there are no weights to load
+    gpu = type("Properties", (), {})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    gpu.total_memory = sum(distributed.training_memory(config, 3, 50))
+    with pytest.raises(distributed.InputError, match="take 3 such GPUs or more, or lower --tokens_per_forward"):
+        distributed.check_memory(str(tmp_path), device, 50)
+    gpu.total_memory = sum(distributed.training_memory(config, 1, 50))
+    distributed.check_memory(str(tmp_path), device, 50)
+    gpu.total_memory = 1000
+    with pytest.raises(distributed.InputError, match="needs 0 GB of a GPU .* which has 0: take a smaller model"):
+        distributed.check_memory(str(tmp_path), device, 50)
+
+
 def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(alone, monkeypatch):
     """Two layers of two key heads of 8 in bf16: 128 bytes a token; three quarters of what is free are used."""
     lm, device = tiny_model(), torch.device("cuda")

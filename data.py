@@ -596,11 +596,16 @@ def save_documents(out, parts):
         saved.save_to_disk(unfinished, num_shards=shards)
 
 
+def holds_documents(path):
+    """Whether save_documents wrote this folder."""
+    return os.path.exists(f"{path}/dataset_dict.json")
+
+
 def load_documents(path, split):
     """What save_documents wrote as "train" or "heldout": a datasets.Dataset."""
     import datasets
 
-    if not os.path.exists(f"{path}/dataset_dict.json"):
+    if not holds_documents(path):
         cure = f"make them with: python data.py build --corpus .. --out {path}"
         raise DataError(f"{path}: no documents here; {cure}")
     parts = datasets.load_from_disk(str(path))

@@ -307,14 +307,14 @@ def write_json(path, value):
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
-    heldout = train.load_documents(cfg)[1]
+    heldout = train.load_documents(cfg, "heldout")
     rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
     if not rows:
         raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
     setup, policy = open_model(args, cfg)
     train.check_budget(setup, rows, policy.lm)
     table = {}
-    for kind, (*score, n) in train.evaluate(setup, policy, rows).items():
+    for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():
         table[train.KINDS[kind]] = {"n": n, "em": score}
     print_table(table)
     if args.out:
@@ -379,8 +379,10 @@ def curves(args):
             em = {line["step"]: line["em"] for line in lines if "em" in line}
             (line,) = left.plot(em.keys(), em.values(), alpha=0.4)
             looks = {line["step"]: line["heldout"] for line in lines if "heldout" in line}
-            scores = {step: look["trajectory"][:3] for step, look in looks.items()}
-            dots(left, scores, path.name, line.get_color())
+            for (kind, called), marker in zip(train.KINDS.items(), "o^s"):
+                scores = {step: look[kind][:3] for step, look in looks.items() if kind in look}
+                if scores:
+                    dots(left, scores, f"{path.name}: {called}", line.get_color(), marker)
         else:
             # a dot for every length
             table = json.loads(path.read_text()).get("table", {})
@@ -400,11 +402,11 @@ def curves(args):
     print(args.out)
 
 
-def dots(axes, scores, label, color=None):
+def dots(axes, scores, label, color=None, marker="o"):
     """Draws {x: [mean, low, high]}."""
     mean, low, high = np.array(list(scores.values())).reshape(-1, 3).T
     errors = [mean - low, high - mean]
-    axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+    axes.errorbar(list(scores), mean, errors, marker=marker, capsize=3, label=label, color=color)
 
 
 @distributed.one_line_errors(data.DataError)

@@ -15,6 +15,7 @@ checkpoint with the trainer's state inside).
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -71,7 +72,7 @@ class Config:
     objective: str = flag("full", "recall is in R_E, only trained, or absent", *OBJECTIVES)
     model: str = flag(POCKET_MODEL, "Hub name, folder with a checkpoint, or folder of a run")
     data: list[str] = flag([], "what data.py build wrote (memtrain), or files of questions")
-    heldout: list[str] = flag([], "files of questions to look at while training")
+    heldout: list[str] = flag([], "questions or documents to answer at every look")
     out: str = flag("", "folder of the run (runs/TASK)")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with its settings")
     seed: int = flag(0, "of the data order, the recall draws and the sampling noise")
@@ -286,6 +287,16 @@ def open_search(cfg):
     return functools.partial(data.open_retriever(cfg.retriever, cfg.encoder), k=cfg.passages)
 
 
+def setup_of(setup, task, **changes):
+    """The setup as another task needs it, and with other settings."""
+    cfg = dataclasses.replace(setup.cfg, task=task, **changes)
+    sampler = setup.sampler
+    if TASKS[setup.cfg.task].searches and not TASKS[task].searches:
+        sampler = copy.copy(sampler)
+        sampler.stop = None  # tags end a turn of search alone
+    return setup._replace(cfg=cfg, sampler=sampler)
+
+
 def check_budget(setup, rows, lm):
     """Nothing may outgrow the model's context; the numbers are known before the run."""
     cfg = setup.cfg
@@ -303,24 +314,44 @@ def check_budget(setup, rows, lm):
 # ----------------------------------------------------------------------------------- data of a run
 
 
-def load_documents(cfg):
-    """-> (documents to train on, held-out documents), as data.py build wrote them."""
+def load_documents(cfg, split="train"):
+    """The documents of a split of all --data, as data.py build wrote them."""
     from datasets import concatenate_datasets
 
-    parts = []
-    for split in ("train", "heldout"):
-        parts.append(concatenate_datasets([data.load_documents(path, split) for path in cfg.data]))
-    return parts
+    return concatenate_datasets([data.load_documents(path, split) for path in cfg.data])
 
 
 def load_questions(cfg):
-    """-> (questions to train on, held-out questions); joined `objectives` at a time for search."""
+    """The questions of all --data; joined `objectives` at a time for search."""
     objectives = cfg.objectives if TASKS[cfg.task].searches else None
-    parts = []
-    for files in (cfg.data, cfg.heldout):
-        rows = [data.load_questions(path, objectives) for path in files]
-        parts.append(rows[0] if len(rows) == 1 else sum(map(list, rows), []))
-    return parts
+    rows = [data.load_questions(path, objectives) for path in cfg.data]
+    return rows[0] if len(rows) == 1 else sum(map(list, rows), [])
+
+
+def load_heldout(cfg):
+    """What is looked at while training: {task that answers: rows}, eval_documents of each source.
+
+    The sources are the held-out part of --data, where it has one, and what --heldout names.
+    Training on documents, questions are answered as longqa does; and the other way round."""
+    reads = TASKS[cfg.task].load is load_documents
+    documents, questions = (cfg.task, "longqa") if reads else ("memtrain", cfg.task)
+    objectives = cfg.objectives if TASKS[cfg.task].searches else None
+    sources = [(documents, load_documents(cfg, "heldout"))] if reads else []
+    for place in cfg.heldout:
+        if data.holds_documents(place):
+            rows = data.load_documents(place, "heldout")
+            if not len(rows):
+                raise InputError(f"--heldout {place}: none held out (data.py build --heldout N)")
+            sources.append((documents, rows))
+        else:
+            sources.append((questions, data.load_questions(place, objectives)))
+
+    heldout = {}
+    for task, rows in sources:
+        few = [rows[i] for i in range(min(cfg.eval_documents, len(rows)))]
+        if few:
+            heldout.setdefault(task, []).extend(few)
+    return heldout
 
 
 def questions_of(rows):
@@ -500,7 +531,7 @@ def mean(values):
 
 class Task(NamedTuple):
     rollout: object  # (setup, rows {document: row}, step) -> groups with rewards
-    load: object  # cfg -> (rows to train on, held-out rows)
+    load: object  # cfg -> rows to train on
     longest: object  # (setup, rows) -> tokens of the longest prompt and response
     defaults: dict  # where they are not the paper's for MemTrain
     searches: bool = False  # has a --retriever, and several questions in one
@@ -667,22 +698,25 @@ def interval(scores):
     return share, round(max(low, 0.0), 10), round(min(high, 1.0), 10), n
 
 
-def evaluate(setup, policy, rows):
-    """Exact match on held-out rows, one trajectory and one recall each, with the same noise every
-    time and on any number of ranks. -> {kind: (mean, low, high, n)} with a 95 % interval"""
-    cfg = dataclasses.replace(setup.cfg, group=1, recalls=1, objective="full")
-    numbers = range(distributed.rank(), len(rows), distributed.world_size())
-    with torch.no_grad(), gathered(policy):
-        mine = {number: rows[number] for number in numbers}
-        groups = TASKS[cfg.task].rollout(setup._replace(cfg=cfg), mine, "heldout")
+def evaluate(setup, policy, heldout):
+    """Exact match on held-out rows {task: rows}, one trajectory and one recall each, with the same
+    noise every time and on any number of ranks. -> {kind: (mean, low, high, n)}, a 95 % interval"""
     scores = {}
-    for rank in all_gather([(group.kind, group.exact_match[0]) for group in groups]):
-        for kind, score in rank:
-            scores.setdefault(kind, []).append(score)
-    return {kind: interval(scores[kind]) for kind in sorted(scores, reverse=True)}
+    for task, rows in heldout.items():
+        one = setup_of(setup, task, group=1, recalls=1, objective="full")
+        numbers = range(distributed.rank(), len(rows), distributed.world_size())
+        with torch.no_grad(), gathered(policy):
+            mine = {number: rows[number] for number in numbers}
+            groups = TASKS[task].rollout(one, mine, "heldout")
+        reads = TASKS[task].load is load_documents
+        for rank in all_gather([(group.kind, group.exact_match[0]) for group in groups]):
+            for kind, score in rank:
+                scores.setdefault(kind if reads else "questions", []).append(score)
+    return {kind: interval(scores[kind]) for kind in KINDS if kind in scores}
 
 
-KINDS = {"trajectory": "E2E", "recall": "recall"}  # what they are called
+# kinds of held-out figures: what they are called
+KINDS = {"trajectory": "E2E", "recall": "recall", "questions": "QA"}
 
 
 def heldout_line(result):
@@ -835,13 +869,13 @@ def train(cfg, device):
     lm = policy.train().lm
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rows, heldout = TASKS[cfg.task].load(cfg)
-    heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
+    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
     search = open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
     sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)
     setup = open_setup(cfg, policy, tokenizer, search=search, **sampling)
-    check_budget(setup, rows, lm)
+    for task, part in [(cfg.task, rows), *heldout.items()]:
+        check_budget(setup_of(setup, task), part, lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,

@@ -47,7 +47,7 @@ SCORES = {
 # flags of train.py that are flags here
 SETTINGS = (
     "chunk_tokens memory_tokens answer_tokens prompt_order kv_tokens segment retriever encoder "
-    "passages result_tokens objectives turns eval_documents seed"
+    "passages result_tokens objectives turns eval_documents seed ner recall_window"
 ).split()
 
 # ------------------------------------------------------------------------ command line and model
@@ -117,7 +117,8 @@ def load_sets(args, cfg):
         name = name or Path(path).name.split(".")[0]
         if name in sets:
             raise InputError(f"--data: two sets are called {name}; write NAME={path}")
-        sets[name] = data.load_questions(path, cfg.objectives if cfg.task == "searchqa" else None)
+        objectives = cfg.objectives if cfg.task == "searchqa" else None
+        sets[name] = data.load_questions(path, objectives, long=args.command == "longqa")
     if not sets:
         raise InputError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
     return sets
@@ -307,11 +308,11 @@ def write_json(path, value):
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
-    heldout = train.load_documents(cfg, "heldout")
-    rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
-    if not rows:
-        raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
     setup, policy = open_model(args, cfg)
+    rows = []
+    for path in cfg.data:
+        documents = train.heldout_documents(cfg, path)
+        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
     train.check_budget(setup, rows, policy.lm)
     table = {}
     for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -50,6 +51,34 @@ AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
+# RECIPES[recipe][task]: where it differs from the defaults of Config, the paper's for MemTrain
+RECIPES = {
+    "paper": {
+        "memtrain": {},
+        "longqa": dict(steps=500, documents_per_update=8, group=16, aggregate="token"),
+        "searchqa": dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
+    },
+    "released": {  # the scripts of the authors' code, LiliShadow/MemTrain
+        "memtrain": dict(
+            chunk_tokens=5000, recall_window="before", match="math",
+            aggregate="token", dual_clip=3.0, eval_every=5,
+        ),
+        "longqa": dict(
+            steps=500, documents_per_update=8, group=8, chunk_tokens=5000, match="math",
+            aggregate="token", dual_clip=3.0,
+        ),
+        "searchqa": dict(
+            steps=1000, documents_per_step=64, documents_per_update=32, group=8, lr=5e-7,
+            answer_tokens=1000, result_tokens=1000, aggregate="token", dual_clip=3.0, scale="group",
+        ),
+    },
+    "released_alone": {  # its baseline, long-text QA without MemTrain, has another learning rate
+        "longqa": dict(
+            steps=1000, documents_per_update=8, group=8, chunk_tokens=5000, match="math",
+            aggregate="token", dual_clip=3.0, lr=5e-7,
+        ),
+    },
+}  # fmt: skip
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
 
 
@@ -63,15 +92,20 @@ def flag(default, help, *choices):
 
 @dataclass
 class Config:
-    """Defaults are the paper's. A task's (TASKS) override them, those of a model's memtrain.json
-    override these, explicit flags override all. Sizes are of a whole step over all ranks, but for
-    those of "memory and speed", which are a rank's."""
+    """Defaults are the paper's for MemTrain. What --recipe has for the task (RECIPES) overrides
+    them, a model's memtrain.json overrides that (its sizes and prompts are the model's own),
+    explicit flags override all. Sizes are of a whole step over all ranks, but for those of "memory
+    and speed", which are a rank's."""
 
     # task
     task: str = flag("memtrain", "what to train: a name of TASKS")
+    recipe: str = flag("paper", "settings of a publication, see RECIPES", *RECIPES)
     objective: str = flag("full", "recall is in R_E, only trained, or absent", *OBJECTIVES)
     model: str = flag(POCKET_MODEL, "Hub name, folder with a checkpoint, or folder of a run")
-    data: list[str] = flag([], "what data.py build wrote (memtrain), or files of questions")
+    data: list[str] = flag([], "documents: data.py build's, the released code's; or questions")
+    ner: str = flag(
+        "en_core_web_sm", "finds recalls in the released code's files, as data.py build"
+    )
     heldout: list[str] = flag([], "questions or documents to answer at every look")
     out: str = flag("", "folder of the run (runs/TASK)")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with its settings")
@@ -83,6 +117,7 @@ class Config:
     group: int = flag(8, "trajectories of a document (G1)")
     recalls: int = flag(8, "samples of one recall (G2)")
     recall_draw: str = flag("trajectory", "draw k, l, target for each", "trajectory", "document")
+    recall_window: str = flag("after", "memory after turn k, or before it", "after", "before")
     chunk_tokens: int = flag(5120, "tokens of a section")
     max_chunks: int = flag(8, "sections read; a longer document keeps its head and tail")
     memory_tokens: int = flag(1024, "most tokens of a memory")
@@ -90,6 +125,7 @@ class Config:
     prompt_order: str = flag("memory_first", "what comes first", *PROMPT_ORDERS)
     temperature: float = flag(1.0, "of sampling; divides the logits in training as well")
     # loss
+    match: str = flag("squad", "what the reward takes for the same answer", *rewards.MATCHES)
     recall_weight: float = flag(0.5, "lambda of eq. 2")
     kl: float = flag(1e-3, "weight of the KL to the reference; 0 loads no reference")
     clip_low: float = flag(0.2, "ratio below 1 - this is clipped")
@@ -164,9 +200,10 @@ def parse(argv=None):
     if given.get("resume") and saved.exists():
         before = json.loads(saved.read_text())["config"]
         for name, value in given.items():
-            if name not in RESUMED and before[name] != value:
+            begun = before.get(name)
+            if name not in RESUMED and begun != value:
                 raise InputError(
-                    f"--resume: {given['out']} was begun with --{name} {before[name]}, not {value}:"
+                    f"--resume: {given['out']} was begun with --{name} {begun}, not {value}:"
                     " leave the flag out, or choose another folder"
                 )
         return Config(**before | given)
@@ -191,7 +228,11 @@ def configure(given):
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise InputError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
-    cfg = Config(**TASKS[task].defaults | settings | given | {"model": model})
+    name = given.get("recipe", Config.recipe)
+    recipe = RECIPES[name].get(task, {})
+    if not recipe and name != Config.recipe:
+        raise InputError(f"--recipe {name} has no settings for --task {task}")
+    cfg = Config(**recipe | settings | given | {"model": model})
     if cfg.group < 2:
         raise InputError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
     if cfg.objective != "e2e" and cfg.recalls < 2:
@@ -315,17 +356,31 @@ def check_budget(setup, rows, lm):
 
 
 def load_documents(cfg, split="train"):
-    """The documents of a split of all --data, as data.py build wrote them."""
+    """The documents of a split of all --data, folders or files."""
     from datasets import concatenate_datasets
 
-    return concatenate_datasets([data.load_documents(path, split) for path in cfg.data])
+    return concatenate_datasets([read_documents(cfg, path, split) for path in cfg.data])
+
+
+def read_documents(cfg, path, split):
+    """The documents of a split of one folder or file; rank 0 finds the entities of a file."""
+    if re.search(data.ROW_FILE, path):
+        if distributed.rank() == 0:
+            data.load_documents(path, split, cfg.ner)
+        torch.distributed.barrier()
+    return data.load_documents(path, split, cfg.ner)
 
 
 def load_questions(cfg):
-    """The questions of all --data; joined `objectives` at a time for search."""
-    objectives = cfg.objectives if TASKS[cfg.task].searches else None
-    rows = [data.load_questions(path, objectives) for path in cfg.data]
+    """The questions of all --data."""
+    rows = [read_questions(cfg, path) for path in cfg.data]
     return rows[0] if len(rows) == 1 else sum(map(list, rows), [])
+
+
+def read_questions(cfg, path):
+    """The questions of one file, several in one for search; others need a text to read."""
+    searches = TASKS[cfg.task].searches
+    return data.load_questions(path, cfg.objectives if searches else None, long=not searches)
 
 
 def load_heldout(cfg):
@@ -335,16 +390,12 @@ def load_heldout(cfg):
     Training on documents, questions are answered as longqa does; and the other way round."""
     reads = TASKS[cfg.task].load is load_documents
     documents, questions = (cfg.task, "longqa") if reads else ("memtrain", cfg.task)
-    objectives = cfg.objectives if TASKS[cfg.task].searches else None
     sources = [(documents, load_documents(cfg, "heldout"))] if reads else []
-    for place in cfg.heldout:
-        if data.holds_documents(place):
-            rows = data.load_documents(place, "heldout")
-            if not len(rows):
-                raise InputError(f"--heldout {place}: none held out (data.py build --heldout N)")
-            sources.append((documents, rows))
+    for path in cfg.heldout:
+        if data.holds_documents(path):
+            sources.append((documents, heldout_documents(cfg, path)))
         else:
-            sources.append((questions, data.load_questions(place, objectives)))
+            sources.append((questions, read_questions(cfg, path)))
 
     heldout = {}
     for task, rows in sources:
@@ -352,6 +403,14 @@ def load_heldout(cfg):
         if few:
             heldout.setdefault(task, []).extend(few)
     return heldout
+
+
+def heldout_documents(cfg, path):
+    """The held-out documents of a folder, all documents of a file."""
+    rows = read_documents(cfg, path, "heldout" if os.path.isdir(path) else "train")
+    if not len(rows):
+        raise InputError(f"{path}: none held out (data.py build --heldout N)")
+    return rows
 
 
 def questions_of(rows):
@@ -414,7 +473,8 @@ def memtrain(setup, rows, step):
         drawn_for = i if cfg.recall_draw == "trajectory" else "all"
         rng = random.Random(f"recall {cfg.seed} {step} {document} {drawn_for}")
         tokenizer, row = prompts.tokenizer, rows[document]
-        drawn = data.draw_recall(row, chunks[document], tokenizer, cfg.chunk_tokens, rng)
+        sizes = cfg.chunk_tokens, rng, cfg.recall_window
+        drawn = data.draw_recall(row, chunks[document], tokenizer, *sizes)
         if drawn is None:
             continue
         memory, agents = readers[document][i].memories[drawn.k], []
@@ -426,12 +486,13 @@ def memtrain(setup, rows, step):
 
     groups = []
     for document, row in rows.items():
-        whole, R_E = scored("trajectory", document, readers[document], [row["answer"]]), []
+        answer, R_E = [row["answer"]], []
+        whole = scored(cfg, "trajectory", document, readers[document], answer)
         for i, earned in enumerate(whole.rewards):
             R_I = []
             if (document, i) in recalls:
                 target, agents = recalls[document, i]
-                recall = scored("recall", document, agents, [target])
+                recall = scored(cfg, "recall", document, agents, [target])
                 R_I = recall.rewards  # eq. 1
                 groups.append(recall)
             weight, objective = cfg.recall_weight, cfg.objective
@@ -457,7 +518,8 @@ def longqa(setup, rows, step):
     rollout(sum(readers.values(), []), setup.sampler)
     groups = []
     for document, row in rows.items():
-        groups.append(scored("trajectory", document, readers[document], row["answers"]))
+        golds = row["answers"]
+        groups.append(scored(setup.cfg, "trajectory", document, readers[document], golds))
     return groups
 
 
@@ -480,7 +542,7 @@ def searchqa(setup, rows, step):
             answers = rewards.split_answers(agent.answer, len(row["answers"]))
             pairs = list(zip(answers, row["answers"]))
             group.exact_match.append(mean(rewards.exact_match(*pair) for pair in pairs))
-            group.rewards.append(mean(rewards.answer_reward(*pair) for pair in pairs))
+            group.rewards.append(mean(rewards.answer_reward(*pair, cfg.match) for pair in pairs))
         groups.append(group)
     return groups
 
@@ -502,11 +564,12 @@ def make_readers(setup, problem, chunks, key):
     return [Reader(setup.prompts, problem, ids, *sizes, (*key, i)) for i in range(cfg.group)]
 
 
-def scored(kind, document, agents, golds):
+def scored(cfg, kind, document, agents, golds):
     """The group of these agents, each scored by its boxed answer."""
     answers = [rewards.extract_boxed(agent.answer) for agent in agents]
     exact_match = [rewards.exact_match(answer, golds) for answer in answers]
-    earned = [rewards.answer_reward(answer, golds) for answer in answers]
+    answers = [rewards.boxed_answer(agent.answer, cfg.match) for agent in agents]
+    earned = [rewards.answer_reward(answer, golds, cfg.match) for answer in answers]
     return Group(kind, document, agents, exact_match, earned)
 
 
@@ -533,25 +596,13 @@ class Task(NamedTuple):
     rollout: object  # (setup, rows {document: row}, step) -> groups with rewards
     load: object  # cfg -> rows to train on
     longest: object  # (setup, rows) -> tokens of the longest prompt and response
-    defaults: dict  # where they are not the paper's for MemTrain
     searches: bool = False  # has a --retriever, and several questions in one
 
 
 TASKS = {
-    "memtrain": Task(memtrain, load_documents, longest_reading, {}),
-    "longqa": Task(  # as MemAgent
-        longqa,
-        load_questions,
-        longest_reading,
-        dict(steps=500, documents_per_update=8, group=16, aggregate="token"),
-    ),
-    "searchqa": Task(  # as MEM1
-        searchqa,
-        load_questions,
-        longest_searching,
-        dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
-        searches=True,
-    ),
+    "memtrain": Task(memtrain, load_documents, longest_reading),
+    "longqa": Task(longqa, load_questions, longest_reading),  # MemAgent
+    "searchqa": Task(searchqa, load_questions, longest_searching, searches=True),  # MEM1
 }
 
 
@@ -863,13 +914,13 @@ def memory_gb(device):
 
 def train(cfg, device):
     """The whole run, from top to bottom."""
-    # model and reference, data, search and sampler, optimizer
+    # data, model and reference, search and sampler, optimizer
+    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
     policy, tokenizer = open_policy(cfg.model, device)
     reference = open_reference(cfg, policy, device) if cfg.kl > 0 else None
     lm = policy.train().lm
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
     search = open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
     sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)

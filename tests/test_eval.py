@@ -452,7 +452,7 @@ def test_curves_draw_runs_and_tables(tmp_path, capsys):
     (["filter", "--model", "{pocket}", "--out", "t.json"], "needs --data"),
     (["curves", "--out", "t.png"], "needs runs"),
     (["longqa", "--model", "{bare}", "--out", "t.json"], "needs --data"),
-    (["memtrain", "--model", "{bare}", "--data", "{bare}"], "no documents here"),
+    (["memtrain", "--model", "{pocket}", "--data", "{bare}"], "no documents here"),
     (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"], "nowhere.json"),
     (["searchqa", "--model", "{pocket}", "--data", "q=x.jsonl", "--out", "t.json"], "x.jsonl"),
 ])  # fmt: skip

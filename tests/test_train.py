@@ -469,7 +469,7 @@ def learn(monkeypatch, folder, pocket_model, *flags):
     untrained model can stumble on. -> the mean reward of the first step and of the last three"""
     cities = {city.lower() for city in tiny.CITIES}
 
-    def starts_with_a_city(answer, golds):
+    def starts_with_a_city(answer, golds, match):
         return float(answer.lower().split(" ")[0] in cities)
 
     monkeypatch.setattr(rewards, "extract_boxed", lambda text: text)

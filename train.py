@@ -914,13 +914,13 @@ def memory_gb(device):
 
 def train(cfg, device):
     """The whole run, from top to bottom."""
-    # data, model and reference, search and sampler, optimizer
-    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
+    # model and reference, data, search and sampler, optimizer
     policy, tokenizer = open_policy(cfg.model, device)
     reference = open_reference(cfg, policy, device) if cfg.kl > 0 else None
     lm = policy.train().lm
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
     search = open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
     sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)

@@ -167,7 +167,7 @@ def test_a_document_may_bring_its_own_question():
 
 
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
-    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds: 0.25)
+    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds, match: 0.25)
     rows = {0: tiny.documents(1, seed=5)[0]}
     groups = train.memtrain(pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x")
     whole = groups[-1]

@@ -336,10 +336,10 @@ def questions(args):
     if args.command == "filter":
         write_questions(args.out, sets, records)
     else:
-        write_table(args.out, cfg, records)
+        write_table(args.out, cfg, sets, records)
 
 
-def write_table(out, cfg, records):
+def write_table(out, cfg, sets, records):
     """A row for every set, then their average. Its interval is wide enough for sets that ask the
     same questions, as files of several lengths do; for others it is wider than need be."""
     table = {name: summary(records[name]) for name in records}
@@ -350,7 +350,37 @@ def write_table(out, cfg, records):
         table["average"] = average
     print_table(table)
     record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "table": table}
+    if cfg.task == "longqa":
+        record["released"] = {name: released_em(sets[name], records[name]) for name in records}
+        print_released(table, record["released"])
     write_json(out, record)
+
+
+def released_em(rows, records):
+    """Exact match as the authors' released code counts it: only the first gold counts, and empty
+    outputs are left out instead of being wrong. -> {"em": share or None, "n": outputs counted}"""
+    scores = []
+    for record in records:
+        if (record["answer"] or "").strip():
+            answer, golds = (
+                rewards.extract_boxed(record["answer"]),
+                rows[record["index"]]["answers"],
+            )
+            scores.append(rewards.exact_match(answer, golds[:1]))
+    return {"em": train.mean(scores) if scores else None, "n": len(scores)}
+
+
+def print_released(table, released):
+    """The line below the table: the difference that the other arithmetic makes; on rank 0."""
+    parts = []
+    for name, counted in released.items():
+        theirs = "-" if counted["em"] is None else f"{100 * counted['em']:.2f}"
+        parts.append(
+            f"{name} {theirs} of {counted['n']} outputs (em above: {cell(table[name]['em'])})"
+        )
+    if distributed.rank() == 0:
+        print("em as the released code counts, first gold only, empty outputs left out:")
+        print("\n".join(parts))
 
 
 def write_questions(out, sets, records):

@@ -993,9 +993,8 @@ def question_row(place, row, several=False):
     """
     # the row's own fields, and those of MemAgent's and the released code's structs
     own = {name: _plain(place, value) for name, value in row.items()}
-    model, extra = (own.get(name) for name in ("reward_model", "extra_info"))
-    model = model if isinstance(model, dict) else {}
-    extra = extra if isinstance(extra, dict) else {}
+    structs = [own.get(name) for name in ("reward_model", "extra_info")]
+    model, extra = [struct if isinstance(struct, dict) else {} for struct in structs]
 
     # each under the names that the formats have for it
     identity = _first(extra.get("memtrain_id"), *map(own.get, ("id", "_id", "index")))
@@ -1013,9 +1012,9 @@ def question_row(place, row, several=False):
     golds = golds_of(place, gold)
     for name, found in ("question", isinstance(question, str)), ("answer", golds):
         if not found:
-            wanted = "a question needs a question and an answer"
-            filled = sorted(name for name, value in own.items() if _first(value) is not None)
-            raise DataError(f"{place}: no {name}; {wanted}, this row has {', '.join(filled)}")
+            filled = [name for name in sorted(own) if _first(own[name]) is not None]
+            wanted = f"a question needs a question and an answer, this row has {filled}"
+            raise DataError(f"{place}: no {name}; {wanted}")
 
     # a row of several questions has golds for each
     question = question.strip()
@@ -1089,12 +1088,12 @@ def golds_of(place, value):
         return golds_of(place, value["target"])
     values = value if isinstance(value, list) else [value]
     nested = any(isinstance(each, list) for each in values)
-    if nested and not all(isinstance(each, list) for each in values):
+    if nested and not all(isinstance(each, list) or each is None for each in values):
         raise DataError(f"{place}: golds must be texts, or one list of texts for each question")
 
     golds = []
     for number, own in enumerate(values if nested else [values], 1):
-        golds.append([_gold(place, gold) for gold in own if _first(gold) is not None])
+        golds.append([_gold(place, gold) for gold in own or [] if _first(gold) is not None])
         if nested and not golds[-1]:
             raise DataError(f"{place}: no gold for question {number} of {len(values)}")
     return golds if golds[0] else None

@@ -341,10 +341,10 @@ def rule_entities(text):
 @functools.cache  # once per process
 def open_ner(name):
     """The function texts -> the entity spans of each: a spaCy pipeline's, or by "rules"."""
+    import spacy.lang.en  # before processes are forked, which all need it
+
     if name == "rules":
         return lambda texts: map(rule_entities, texts)
-    import spacy
-
     cure = f"python -m spacy download {name}, or --ner rules, which needs no download"
     with explained(f"--ner {name} is not installed; {cure}", OSError):
         nlp = spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
@@ -629,8 +629,8 @@ def holds_documents(path):
     """Whether save_documents wrote this folder, or this is a file of masked documents."""
     if not re.search(ROW_FILE, path):
         return os.path.exists(f"{path}/dataset_dict.json")
-    for _, row in read_rows(path, ["context"]):
-        context = row.get("context")
+    for place, row in read_rows(path, ["context"]):
+        context = _plain(place, row.get("context"))
         return isinstance(context, str) and MASK in context
     return False
 

@@ -14,7 +14,8 @@ before it. Documents are read whole, however long.
 Every finished sample is a line in OUT.parts/, and tables are made of those lines: a stopped
 evaluation goes on where it was. The noise is a function of (set, question, sample), so that neither
 stopping nor the number of ranks changes a table. An answer that is missing, empty or cut before its
-box is closed counts as wrong.
+box is closed counts as wrong. Below a table of longqa stands what the authors' released code would
+count: the first gold only, and empty outputs not at all.
 """
 
 import argparse

@@ -49,7 +49,7 @@ OBJECTIVES = ("full", "decoupled", "e2e")  # section 5.1
 PROMPT_ORDERS = ("memory_first", "chunk_first")
 AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
-RESUMED = "out resume steps eval_every eval_documents save_every keep samples".split()
+RESUMED = "out resume steps heldout eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
 # RECIPES[recipe][task]: where it differs from the defaults of Config, the paper's for MemTrain
 RECIPES = {

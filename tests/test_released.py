@@ -244,6 +244,13 @@ def exported(folder, rows):
     return str(folder / "out.parquet")
 
 
+def test_a_folder_that_holds_nothing_out_is_no_held_out_set(here):
+    exported(here, documents())
+    assert len(train.read_documents(train.Config(), "docs", "train")) == 3
+    with pytest.raises(distributed.InputError, match="docs: none held out"):
+        train.heldout_documents(train.Config(), "docs")
+
+
 def test_what_was_exported_comes_back_with_text_answer_and_question(here):
     back = list(data.load_documents(exported(here, documents()), "train", "rules"))
     for document, own in zip(documents(), back, strict=True):

@@ -51,6 +51,7 @@ AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps heldout eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
+
 # RECIPES[recipe][task]: where it differs from the defaults of Config, the paper's for MemTrain
 RECIPES = {
     "paper": {
@@ -228,10 +229,11 @@ def configure(given):
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise InputError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
-    name = given.get("recipe", Config.recipe)
-    recipe = RECIPES[name].get(task, {})
-    if not recipe and name != Config.recipe:
-        raise InputError(f"--recipe {name} has no settings for --task {task}")
+    name = given.get("recipe", settings.get("recipe", Config.recipe))
+    recipe = RECIPES.get(name, {}).get(task)
+    if recipe is None and name != Config.recipe:  # of tasks of yours the paper says nothing
+        raise InputError(f"--recipe {name} has no settings for --task {task}, see RECIPES")
+    recipe = recipe or {}
     cfg = Config(**recipe | settings | given | {"model": model})
     if cfg.group < 2:
         raise InputError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
@@ -486,8 +488,8 @@ def memtrain(setup, rows, step):
 
     groups = []
     for document, row in rows.items():
-        answer, R_E = [row["answer"]], []
-        whole = scored(cfg, "trajectory", document, readers[document], answer)
+        golds, R_E = [row["answer"]], []
+        whole = scored(cfg, "trajectory", document, readers[document], golds)
         for i, earned in enumerate(whole.rewards):
             R_I = []
             if (document, i) in recalls:
@@ -762,8 +764,9 @@ def evaluate(setup, policy, heldout):
         reads = TASKS[task].load is load_documents
         for rank in all_gather([(group.kind, group.exact_match[0]) for group in groups]):
             for kind, score in rank:
-                scores.setdefault(kind if reads else "questions", []).append(score)
-    return {kind: interval(scores[kind]) for kind in KINDS if kind in scores}
+                kind = "questions" if kind == "trajectory" and not reads else kind
+                scores.setdefault(kind, []).append(score)
+    return {kind: interval(scores[kind]) for kind in sorted(scores, reverse=True)}
 
 
 # kinds of held-out figures: what they are called

@@ -73,6 +73,18 @@ def all_gather(value):
     return values
 
 
+def leave():
+    """Takes the process group apart; a rank of torchrun's ends here, with status 0.
+
+    Python must not take such a process apart: gloo's threads may hold the last tensors yet, and
+    abort it then (pytorch 179291), so that a run that is done would end as one that failed."""
+    dist.destroy_process_group()
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 class InputError(ValueError):
     """Bad input, in one line: what is wrong, where, what to do."""
 
@@ -96,7 +108,7 @@ def one_line_errors(*kinds):
         if dist.is_initialized() and world_size() == 1:
             dist.destroy_process_group()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 def note_signals():

@@ -507,19 +507,24 @@ class Sampler:
     while there is none), so that such rows leave at once.
     share: False for a model with other than plain full attention in every layer (state-space
     layers, sliding windows, soft caps): every batch is then one plain `generate`.
+    compile: whether a GPU decodes with kernels that torch.compile makes: a minute at the start,
+    then fewer launches a token. Not in CUDA graphs: those remember where the weights lie, and
+    sharded ones are gathered somewhere else in every step; and they would take one graph for every
+    size of a batch, where three kernels with dynamic shapes do for all.
     """
 
     def __init__(
         self, model, end_ids, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32,
-        seed=0, stop=None, share=True,
+        seed=0, stop=None, share=True, compile=False,
     ):  # fmt: skip
         self.model, self.end_ids = model, sorted(end_ids)
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
+        self.compile = compile
 
     @torch.no_grad()
     def __call__(self, prompts, limits, keys):
-        from transformers import GenerationConfig
+        from transformers import CompileConfig, GenerationConfig
 
         # eval(): checkpointing and dropout spoil generation. The settings are the model's own
         # ones for now: what a config passed to `generate` leaves unset (top_k, repetition_penalty)
@@ -529,10 +534,12 @@ class Sampler:
         model.generation_config = GenerationConfig(
             eos_token_id=self.end_ids,
             pad_token_id=PAD,
-            # on CUDA a StaticCache would let `generate` compile CUDA graphs, one for every size
-            # that a batch and its cache come to, and all anew when weights are gathered elsewhere
-            disable_compile=True,
+            # on CUDA a StaticCache would let `generate` compile, and into CUDA graphs, by itself
+            disable_compile=not self.compile,
         )
+        if self.compile:
+            kernels = CompileConfig(mode="default", dynamic=True)
+            model.generation_config.compile_config = kernels
         model.eval()
         try:
             for batch in self._batches(prompts, limits):
@@ -595,15 +602,16 @@ class Sampler:
         if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
             piece = max(PREFILL // prefix_ids.numel(), 1)
-            self._generate(prefix_ids, prefix_mask, once, 1, piece=piece)
+            settings = dict(prefill_chunk_size=piece, disable_compile=True)
+            self._generate(prefix_ids, prefix_mask, once, 1, **settings)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])
                 read.keys = read.values = None  # or the memory would hold both
         return ids, mask, cache
 
-    def _generate(self, ids, mask, cache, new_tokens, processors=(), piece=None):
-        """`generate`. -> ids with the new ones; piece: columns that are read at a time."""
+    def _generate(self, ids, mask, cache, new_tokens, processors=(), **settings):
+        """`generate` -> ids with the new ones."""
         from transformers import LogitsProcessorList
 
         return self.model.generate(
@@ -611,9 +619,9 @@ class Sampler:
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=new_tokens,
-            prefill_chunk_size=piece,
             logits_processor=LogitsProcessorList(processors),
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
+            **settings,
         )
 
     def _sample(self, batch, rows, prompts, limits, noise):

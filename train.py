@@ -50,7 +50,8 @@ PROMPT_ORDERS = ("memory_first", "chunk_first")
 AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps heldout eval_every eval_documents save_every keep samples".split()
-RESUMED += "kv_tokens tokens_per_forward retriever".split()
+RESUMED += "kv_tokens tokens_per_forward compile retriever".split()
+MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
 
 # RECIPES[recipe][task]: where it differs from the defaults of Config, the paper's for MemTrain
 RECIPES = {
@@ -80,7 +81,6 @@ RECIPES = {
         ),
     },
 }  # fmt: skip
-MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
 
 
 def flag(default, help, *choices):
@@ -147,6 +147,7 @@ class Config:
     tokens_per_forward: int = flag(32768, "tokens of a training row: the knob of the update")
     kv_tokens: int = flag(0, "tokens of the KV cache in rollout; 0: measured at the start")
     segment: int = flag(32, "new tokens between looks for finished rows")
+    compile: bool = flag(False, "decode on a GPU with kernels made by torch.compile")
     gradient_checkpointing: bool = flag(True, "make activations again in backward")
     # logging
     eval_every: int = flag(50, "steps between looks at held-out rows; 0: only before and after")
@@ -317,6 +318,7 @@ def open_setup(cfg, policy, tokenizer, *, kv_tokens, search=None, temperature, t
         seed=cfg.seed,
         stop=prompts.closed if TASKS[cfg.task].searches else None,
         share=policy.shares,
+        compile=cfg.compile,
     )
     return Setup(cfg, prompts, sampler, search)
 
@@ -637,6 +639,45 @@ def training_sequences(cfg, groups):
     return sequences
 
 
+def updates_of(cfg, sequences):
+    """Divides a rollout's sequences into those of its updates, `documents_per_update` each, and
+    deals every update's over the ranks. -> list of this rank's lists"""
+    updates = []
+    for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
+        documents = range(first, first + cfg.documents_per_update)
+        updates.append(deal([s for s in sequences if s.document in documents]))
+    return updates
+
+
+def deal(sequences):
+    """Evens out the ranks' tokens, which the filter left uneven: what a rank has above the mean
+    goes to those that have least. Sequences with a common prefix stay together."""
+    prompts = [s.turn.prompt_ids for s in sequences]
+    responses = [s.turn.response_ids for s in sequences]
+    units = [unit for _, unit in grpo.shared_prefixes(prompts)]
+    sized = [(grpo.row_tokens(prompts, responses, unit), unit) for unit in units]
+    fair = sum(all_gather(sum(tokens for tokens, _ in sized))) / distributed.world_size()
+
+    # keep a fair share, the largest units first
+    mine, load, spare = [], 0, []
+    for tokens, unit in sorted(sized, key=lambda unit: -unit[0]):
+        if load + tokens <= fair:
+            mine += [sequences[i] for i in unit]
+            load += tokens
+        else:
+            spare.append((tokens, [sequences[i] for i in unit]))
+
+    # what is left goes, the largest first, to the rank that has least
+    loads = all_gather(load)
+    spares = sum(all_gather(spare), [])
+    for tokens, unit in sorted(spares, key=lambda unit: -unit[0]):
+        rank = loads.index(min(loads))
+        loads[rank] += tokens
+        if rank == distributed.rank():
+            mine += unit
+    return mine
+
+
 def add_weights(cfg, sequences):
     """Token weights of this rank's sequences, from the lengths of all ranks' turns."""
     ranks = all_gather([(s.document, len(s.turn.response_ids)) for s in sequences])
@@ -727,8 +768,10 @@ def pack_loss(cfg, pack, logps, totals):
 
     # how far training is from what the sampler drew at
     trained = old if old is not None and cfg.old_logps == "trainer" else current
-    sampled = flat([torch.tensor(s.turn.logps) for s in pack])
-    metrics["mismatch"] = (trained - sampled).abs().mean()
+    gap = trained - flat([torch.tensor(s.turn.logps) for s in pack])
+    metrics["mismatch"] = gap.abs().mean()
+    metrics["mismatch_kl"] = (gap.exp() - 1 - gap).mean()  # k3 of KL(sampler || trainer)
+    totals["mismatch_max"] = max(totals["mismatch_max"], float(gap.abs().max()))
     totals["tokens"] += len(logps)
     for name, value in metrics.items():
         totals[name] += float(value) * len(logps)
@@ -800,7 +843,7 @@ def step_metrics(groups, totals):
         "searches": [agent.searches for agent in searchers],
     }
     sums = {name: (float(sum(values)), len(values)) for name, values in local.items()}
-    for name in set(totals) - {"tokens"}:
+    for name in set(totals) - {"tokens", "mismatch_max"}:
         sums[name] = totals[name], totals["tokens"]
 
     # a rank without work has no totals
@@ -809,7 +852,9 @@ def step_metrics(groups, totals):
         for name, (total, count) in rank.items():
             sum_of[name] += total
             count_of[name] += count
-    return {name: sum_of[name] / count for name, count in count_of.items() if count}
+    means = {name: sum_of[name] / count for name, count in count_of.items() if count}
+    largest = max(all_gather(totals["mismatch_max"]))
+    return means | ({"mismatch_max": largest} if "mismatch" in means else {})
 
 
 def turns_of(groups):
@@ -954,7 +999,8 @@ def train(cfg, device):
         rolled_out = time.time()
 
         # advantages, one training sequence a turn, and what the loss compares with
-        sequences = training_sequences(cfg, groups)
+        updates = updates_of(cfg, training_sequences(cfg, groups))
+        sequences = sum(updates, [])
         add_old_logps(cfg, policy, sequences)
         if reference:
             add_logps(cfg, reference, sequences, "ref_logps")
@@ -964,9 +1010,7 @@ def train(cfg, device):
         for settings in optimizer.param_groups:
             settings["lr"] = lr
         totals, norms = Counter(), []
-        for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
-            documents = range(first, first + cfg.documents_per_update)
-            chosen = [s for s in sequences if s.document in documents]
+        for chosen in updates:
             norms.append(update(cfg, policy, optimizer, chosen, totals))
         finite = all(map(math.isfinite, norms))
         skipped = 0 if finite else skipped + 1

@@ -407,6 +407,31 @@ def peak_memory(device):
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
+# -------------------------------------------------------------------------------------- mismatch
+
+
+@torch.no_grad()
+def mismatch(options, model, dtype):
+    """How far the log-probs of the training forward are from those that tokens were sampled at, on
+    this machine: what the metrics `mismatch`, `mismatch_max` and `mismatch_kl` are made of."""
+    bench = Bench(argparse.Namespace(**vars(options) | {"dtype": dtype}), model)
+    bench.policy.lm.base_model.norm.weight.fill_(5)  # logits as large as a trained model's
+    size = SIZES[options.shape]["recall step"]
+    prompts, keys = bench.prompts(**size), [(i,) for i in range(size["prompts"] * size["group"])]
+    responses = bench.sampler()(prompts, [size["new"]] * len(prompts), keys)
+    sampled = torch.cat([torch.tensor(response.logps) for response in responses])
+    ids = [response.ids for response in responses]
+    gaps = []
+    for pack in grpo.pack(prompts, ids, 32768):
+        trained = bench.policy([prompts[i] for i in pack], [ids[i] for i in pack])
+        for i, values in zip(pack, trained):
+            gaps.append(values.cpu() - torch.tensor(responses[i].logps))
+    gap = torch.cat(gaps).double()
+    figures = f"mean {gap.abs().mean():.1e}, largest {gap.abs().max():.1e}"
+    figures += f", KL {(gap.exp() - 1 - gap).mean():.1e}, entropy {-sampled.mean():.1f}"
+    return {"shape": f"mismatch {model} {dtype}: {figures}"}
+
+
 # ------------------------------------------------------------------------------------- two ranks
 
 
@@ -455,7 +480,7 @@ def rank_worker(options):
     norm = float(norm.full_tensor() if world > 1 else norm)
     if distributed.rank() == 0:
         print(json.dumps([taken, norm]))
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 # ------------------------------------------------------------------------------------- documents
@@ -508,7 +533,7 @@ def parse():
         description=__doc__, formatter_class=style, allow_abbrev=False
     )
     shapes = "small: 5M parameters; paper: Qwen3 of 0.6B, 1.7B, 4B (not run yet)"
-    parser.add_argument("--only", choices=[*ROWS, *EXTRA], help="one row")
+    parser.add_argument("--only", choices=[*ROWS, "mismatch", *EXTRA], help="one row")
     parser.add_argument("--json", help="file for the results, a list of objects")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
@@ -533,6 +558,7 @@ def main():
     jobs = []
     for model in MODELS[options.shape]:
         jobs += [(name, measure, options, model, name) for name in ROWS]
+        jobs += [("mismatch", mismatch, options, model, dtype) for dtype in ("fp32", "bf16")]
     if options.device == "cpu":
         jobs += [(name, run, options) for name, run in EXTRA.items()]
 

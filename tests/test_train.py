@@ -6,12 +6,16 @@ import dataclasses
 import json
 import math
 import random
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
 import distributed
@@ -314,10 +318,49 @@ def test_the_mismatch_is_the_mean_distance_of_training_and_sampling(alone, old_l
     policy = grpo.Policy(tiny_model())
     plain = policy([s.turn.prompt_ids for s in sequences], [s.turn.response_ids for s in sequences])
     gaps = [values.detach() - torch.tensor(s.turn.logps) for s, values in zip(sequences, plain)]
-    cfg = train.Config(old_logps=old_logps)
+    gaps = torch.cat(gaps).double()
+    cfg = train.Config(old_logps=old_logps, tokens_per_forward=40)  # several packs: the largest is of all
     train.add_old_logps(cfg, policy, sequences)
     train.update(cfg, policy, Recorder(policy), sequences, totals)
-    assert totals["mismatch"] / totals["tokens"] == pytest.approx(float(torch.cat(gaps).abs().mean()), rel=1e-4)
+    found = train.step_metrics([], totals)
+    assert found["mismatch"] == pytest.approx(float(gaps.abs().mean()), rel=1e-4)
+    assert found["mismatch_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-4)
+    # KL(sampler || trainer), of tokens that the sampler drew: the mean of r - 1 - log r, r = p / q
+    assert found["mismatch_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-4)
+
+
+@given(ranks=st.lists(st.lists(st.integers(1, 30), max_size=12), min_size=1, max_size=5))
+def test_sequences_are_dealt_so_that_no_rank_has_much_more_than_another_and_none_is_lost(ranks):
+    """ranks: of each, the lengths of its sequences' responses."""
+    sequences = []
+    for number, lengths in enumerate(ranks):
+        turns = [Turn([100 * number + place], [1] * n, False, []) for place, n in enumerate(lengths)]
+        sequences.append([train.Sequence(turn, 0.0, 0) for turn in turns])
+
+    # a thread stands for each rank; collectives wait for all of them
+    barrier, said, local = threading.Barrier(len(ranks)), [None] * len(ranks), threading.local()
+
+    def gather(value):
+        said[local.rank] = value
+        barrier.wait()
+        values = list(said)
+        barrier.wait()
+        return values
+
+    def deal(rank):
+        local.rank = rank
+        return train.deal(sequences[rank])
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(ranks)) as threads:
+        patch.setattr(train, "all_gather", gather)
+        patch.setattr(distributed, "rank", lambda: local.rank)
+        patch.setattr(distributed, "world_size", lambda: len(ranks))
+        dealt = list(threads.map(deal, range(len(ranks))))
+    before = sorted(id(s) for own in sequences for s in own)
+    assert sorted(id(s) for own in dealt for s in own) == before
+    loads = [sum(len(s.turn.response_ids) for s in own) for own in dealt]
+    largest = max((n for lengths in ranks for n in lengths), default=0)
+    assert max(loads) - min(loads) <= largest
 
 
 # ------------------------------------------------------------------------------------------------ the script

@@ -189,12 +189,16 @@ def test_ordinary_questions_are_no_masked_documents(here):
         data.load_documents(path, "train", "rules")
 
 
-def test_memtrain_trains_on_the_released_file_and_looks_at_another(tokenizer, here, signals):
-    sizes = dict(
-        vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id
-    )
-    tiny_model(**sizes).save_pretrained("model")
+@pytest.fixture
+def model(tokenizer, here):
+    """A folder with a random model that reads any text."""
+    sizes = dict(max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
+    tiny_model(vocab_size=len(tokenizer), **sizes).save_pretrained("model")
     tokenizer.save_pretrained("model")
+    return "model"
+
+
+def test_memtrain_trains_on_the_released_file_and_looks_at_another(model, here, signals):
     write(here / "mask.parquet", [masked_row(number) for number in range(4)])
     write(here / "dev.parquet", [masked_row(number) for number in range(7, 10)])
     write(
@@ -382,6 +386,20 @@ def test_too_few_questions_to_join_are_an_error(tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"]}])
     with pytest.raises(DataError, match="1 questions, --objectives 2 needs more"):
         data.load_questions(path, 2)
+
+
+def test_searchqa_trains_on_joined_questions_and_looks_at_others(model, here, signals):
+    write(here / "train.parquet", [pairs_row(number) for number in range(4)])
+    write(here / "dev.jsonl", [{"question": f"Q{n}?", "answers": ["a"]} for n in range(6)])
+    write(here / "passages.jsonl", [{"id": "1", "title": "Rome", "text": "A city."}])
+    flags = "--task searchqa --model model --data train.parquet --heldout dev.jsonl"
+    flags += " --recipe released --objectives 3 --steps 1 --documents_per_step 2"
+    flags += " --documents_per_update 2 --group 2 --answer_tokens 4 --result_tokens 4"
+    train.main([*flags.split(), "--retriever", "passages.jsonl", "--out", "run"])
+    first, last = train.read_metrics("run")
+    assert first["heldout"]["questions"][3] == 2 and last["turns"] >= 1
+    sample = json.loads(Path("run/samples.jsonl").read_text().splitlines()[0])
+    assert sample["golds"] == [["Ann", "Anna"], ["Rome"]]
 
 
 @real

@@ -3,10 +3,12 @@
     python data.py build --corpus wikimedia/wikipedia:20231101.en --out DIR --documents 30000
     python data.py build --corpus FILE.jsonl.gz --out DIR --documents 64 --ner rules
     python data.py show DIR --tokenizer Qwen/Qwen3-4B-Instruct-2507
+    python data.py export DIR --out FILE.parquet
     python data.py longqa --questions hotpotqa.jsonl.gz --documents 200 --out FILE.jsonl
 
 `build` makes MemTrain's documents (--ner rules: without a trained spaCy pipeline), `show` prints
-one as the agent sees it, `longqa` makes MemAgent's long-text QA. A corpus, a set of questions and a
+one as the agent sees it, `export` writes them in the released code's columns (train.py reads files
+of those as they are), `longqa` makes MemAgent's long-text QA. A corpus, a set of questions and a
 search corpus alike are a file (.jsonl, .json, .txt, each also .gz, or .parquet), a folder of them,
 a data set of the Hub, OWNER/NAME[:CONFIG[:SPLIT]], or one file of it, OWNER/NAME:FILE.parquet.
 
@@ -31,6 +33,8 @@ import functools
 import gzip
 import hashlib
 import http.client
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,6 +43,7 @@ import re
 import sys
 import tempfile
 import time
+import tokenize
 import unicodedata
 import urllib.request
 import zlib
@@ -70,6 +75,9 @@ def _one_line(error):
 # ---- Reading: the rows of any source, the passages of any corpus ---------------------------------
 
 
+ROW_FILE = r"\.(jsonl|json|parquet|txt)(\.gz)?$"
+
+
 def read_rows(source, columns=None, stream=False, seed=0):
     """Yield (place, row): every row as a dict, and where it stands, for messages.
 
@@ -77,7 +85,7 @@ def read_rows(source, columns=None, stream=False, seed=0):
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
     shuffled with the seed and streamed, not downloaded whole. DataError for what can't be read.
     """
-    kind = re.search(r"\.(jsonl|json|parquet|txt)(\.gz)?$", source)
+    kind = re.search(ROW_FILE, source)
     repo, _, file = source.partition(":")
     on_hub = repo.count("/") == 1 and not os.path.exists(source)
     if os.path.isdir(source) or on_hub and not kind:
@@ -173,6 +181,16 @@ def _dataset_rows(source, stream, seed):
             rows = rows.shuffle(seed=seed, buffer_size=10_000)
         for number, row in enumerate(rows, 1):
             yield f"{source}: row {number}", row
+
+
+def local_file(source):
+    """The path of a file here or on the Hub. DataError for none."""
+    repo, _, file = source.partition(":")
+    if repo.count("/") == 1 and file and not os.path.exists(source):
+        return _hub_file(repo, file)
+    if not os.path.isfile(source):
+        raise DataError(f"{source}: no such file")
+    return source
 
 
 def _hub_file(repo, file):
@@ -323,10 +341,10 @@ def rule_entities(text):
 @functools.cache  # once per process
 def open_ner(name):
     """The function texts -> the entity spans of each: a spaCy pipeline's, or by "rules"."""
+    import spacy.lang.en  # before processes are forked, which all need it
+
     if name == "rules":
         return lambda texts: map(rule_entities, texts)
-    import spacy
-
     cure = f"python -m spacy download {name}, or --ner rules, which needs no download"
     with explained(f"--ner {name} is not installed; {cure}", OSError):
         nlp = spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
@@ -454,6 +472,15 @@ def mask(text, entity, spans=(), placeholder=MASK):
     return placeholder.join(between), moved
 
 
+def asked_for(text, spans, args):
+    """Of a passage's entities those that are rare and short enough to be asked for."""
+    most, words = args.max_occurrences or len(text), args.max_words or len(text)
+    names = {text[start:end] for start, end in spans}
+    short = {name for name in names if len(name.split()) < words}
+    rare = {name for name in short if len(occurrences(text, name)) < most}
+    return [(start, end) for start, end in spans if text[start:end] in rare]
+
+
 class Corpus(NamedTuple):
     texts: list[str]
     entities: list[list[tuple[int, int]]]  # spans of each text
@@ -533,6 +560,8 @@ def build(args):
         raise DataError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
     search = open_search(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
+    if args.max_occurrences or args.max_words:
+        entities = [asked_for(*pair, args) for pair in zip(texts, entities, strict=True)]
     if not any(entities):
         problem = f"no passage has an entity that --ner {args.ner} finds"
         raise DataError(f"{args.corpus}: {problem}; wrong language or wrong column?")
@@ -596,17 +625,215 @@ def save_documents(out, parts):
         saved.save_to_disk(unfinished, num_shards=shards)
 
 
-def load_documents(path, split):
-    """What save_documents wrote as "train" or "heldout": a datasets.Dataset."""
+def holds_documents(path):
+    """Whether save_documents wrote this folder, or this is a file of masked documents."""
+    if not re.search(ROW_FILE, path):
+        return os.path.exists(f"{path}/dataset_dict.json")
+    for place, row in read_rows(path, ["context"]):
+        context = _plain(place, row.get("context"))
+        return isinstance(context, str) and MASK in context
+    return False
+
+
+def load_documents(path, split, ner="en_core_web_sm"):
+    """What save_documents wrote as "train" or "heldout": a datasets.Dataset. A file in the released
+    code's columns is "train" as a whole; its entities are found by `ner`, see import_documents."""
     import datasets
 
-    if not os.path.exists(f"{path}/dataset_dict.json"):
+    path = str(path)
+    if re.search(ROW_FILE, path):
+        path = str(import_documents(path, ner))
+    if not holds_documents(path):
         cure = f"make them with: python data.py build --corpus .. --out {path}"
         raise DataError(f"{path}: no documents here; {cure}")
-    parts = datasets.load_from_disk(str(path))
+    parts = datasets.load_from_disk(path)
     if split not in parts:
         raise DataError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
     return parts[split]
+
+
+# ---- Documents as the released code has them (LiliShadow/MemTrain) -------------------------------
+
+IMPORTED = "cache"  # folder in which documents of files are kept, with their entities
+QUESTION = (  # of a document that has none of its own; rollout.py's PROBLEM, for `export`
+    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, "
+    "which entity does [MASK] stand for?"
+)
+
+
+def import_documents(source, ner="en_core_web_sm"):
+    """A file in the released code's columns as a folder of documents. -> its path
+
+    The file brings text, answer and question, but no entities for the recalls: these are found
+    once, and kept in IMPORTED under a name made of the file's content and `ner`. All rows are
+    checked before that; DataError for one that is no masked document.
+    """
+    from tqdm import tqdm
+
+    # what was found before
+    path, digest = local_file(source), hashlib.sha1(ner.encode())
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    folder = Path(IMPORTED) / f"documents-{digest.hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+
+    # check, find, keep
+    open_ner(ner)
+    processes = os.cpu_count()
+    started, count, leaks = time.time(), 0, 0
+    for document in tqdm(masked_documents(path), desc="check", unit=" documents", delay=1):
+        count += 1
+        leaks += bool(occurrences(document["text"], document["answer"]))
+    if not count:
+        raise DataError(f"{source}: no documents")
+    tqdm.write(f"{source}: looks for entities once, and keeps them in {folder}", file=sys.stderr)
+    found = add_entities(masked_documents(path), ner, processes)
+    bar = tqdm(found, desc="entities", total=count, unit=" documents")
+    save_documents(folder, {"train": bar, "heldout": iter([])})
+    minutes = (time.time() - started) / 60
+    summary = f"{source}: {count} documents, {minutes:.1f} minutes with {processes} processes"
+    if leaks:
+        summary += f"; the answers of {leaks} still stand in their text"
+    tqdm.write(summary, file=sys.stderr)
+    return folder
+
+
+def masked_documents(path):
+    """Yield the rows of a file in the released code's columns as documents without entities."""
+    for place, row in read_rows(path, QUESTION_COLUMNS):
+        found = question_row(place, row)
+        text, answers = found["context"], found["answers"]
+        problem = None
+        if not isinstance(row.get("context"), (str, bytes)) or not text.strip():
+            problem = "no context"
+        elif MASK not in text:
+            problem = f"no {MASK} in its context"
+        elif TARGET in text:
+            problem = f"{TARGET}, the placeholder of recalls, in its context"
+        elif len(answers) > 1:
+            problem = f"{len(answers)} answers"
+        if problem:
+            raise DataError(f"{place}: {problem}; a masked document is a text and its one answer")
+        if (row.get("extra_info") or {}).get("memtrain_id") is not None:
+            text = _without_headings(text)
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which can't be kept
+        yield {**found, "text": text, "answer": answers[0]}
+
+
+def add_entities(documents, ner, processes):
+    """Yield the documents with the spans of their fair entities, passage by passage: each passage
+    is looked at once, however many documents hold it."""
+    import numpy
+
+    known = {}  # digest of a passage: its spans [n, 2], 8 bytes each
+    documents = iter(documents)
+    while block := list(itertools.islice(documents, 2048)):
+        # the passages of a block that no document before it held
+        places, new = [], {}
+        for document in block:
+            text, own = document["text"], []
+            for start, end in passage_spans(text):
+                passage = text[start:end]
+                key = hashlib.blake2b(passage.encode(), digest_size=16).digest()
+                own.append((start, key))
+                if key not in known:
+                    new[key] = passage
+            places.append(own)
+        for key, spans in zip(new, find_entities(list(new.values()), ner, processes), strict=True):
+            known[key] = numpy.array(spans, numpy.int32).reshape(-1, 2)
+
+        # moved by where the passages start
+        for document, own in zip(block, places, strict=True):
+            spans = [known[key] + start for start, key in own]
+            names = ("id", "text", "answer", "question")
+            kept = {name: document[name] for name in names}
+            yield {**kept, "entities": numpy.concatenate(spans).tolist()}
+
+
+def passage_spans(text):
+    """Where the passages of a text start and end, headings left out.
+
+    >>> text = "Document 1:\\nAnn ran.\\n\\nDocument 2:\\nBob sat."
+    >>> [text[start:end] for start, end in passage_spans(text)]
+    ['Ann ran.', 'Bob sat.']
+    """
+    between = list(re.finditer(r"(?:\A|\n\n)(?:Document \d+:\n)?", text))
+    ends = [match.start() for match in between[1:]] + [len(text)]
+    return [(match.end(), end) for match, end in zip(between, ends, strict=True)]
+
+
+def _with_headings(text):
+    """
+    >>> _with_headings("Ann ran.\\n\\nBob sat.")
+    'Document 1:\\nAnn ran.\\n\\nDocument 2:\\nBob sat.'
+    """
+    passages = enumerate(text.split("\n\n"), 1)
+    return "\n\n".join(f"Document {number}:\n{passage}" for number, passage in passages)
+
+
+def _without_headings(text):
+    passages = []
+    for number, passage in enumerate(text.split("\n\n"), 1):
+        passages.append(passage.removeprefix(f"Document {number}:\n"))
+    return "\n\n".join(passages)
+
+
+def export(args):
+    """Write documents in the released code's columns; its trainer reads them, and so do we."""
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+    from tqdm import tqdm
+
+    if not args.out.endswith(".parquet"):
+        raise DataError(f"--out {args.out}: .parquet can be written")
+    documents = load_documents(args.dir, args.split)
+    if not len(documents):
+        raise DataError(f"{args.dir}: no {args.split} documents")
+    text, number = pyarrow.string(), pyarrow.int64()
+    struct, several = pyarrow.struct, pyarrow.list_
+    extra = {"index": number, "num_docs": number, "anchor_idx": number}
+    extra |= {"retrieved_indices": several(number), "question": text, "memtrain_id": text}
+    schema = pyarrow.schema({
+        "data_source": text,
+        "prompt": several(struct({"content": text, "role": text})),
+        "context": text,
+        "ability": text,
+        "reward_model": struct({"ground_truth": several(text), "style": text}),
+        "extra_info": struct(extra),
+    })  # fmt: skip
+    with whole_or_nothing(args.out) as unfinished, ParquetWriter(unfinished, schema) as writer:
+        for first in tqdm(range(0, len(documents), 64), desc="export", unit=" blocks", delay=1):
+            rows = []
+            for index in range(first, min(first + 64, len(documents))):
+                rows.append(released_row(index, documents[index], args.question))
+            writer.write_table(
+                pyarrow.Table.from_pylist(rows, schema)
+            )  # nested, so in small groups
+    print(f"{args.out}: {len(documents)} documents")
+
+
+def released_row(index, document, question):
+    """A document in the released code's columns. Which passages of its corpus it is made of is not
+    known any more. `memtrain_id` tells us that the headings are not of the text."""
+    text, question = document["text"], document.get("question") or question
+    own_headings = text.startswith("Document 1:\n")
+    return {
+        "data_source": "hotpotqa",  # by this its trainer chooses the reward
+        "prompt": [{"content": question, "role": "user"}],
+        "context": text if own_headings else _with_headings(text),
+        "ability": "memory",
+        "reward_model": {"ground_truth": [document["answer"]], "style": "rule"},
+        "extra_info": {
+            "index": index,
+            "num_docs": len(passage_spans(text)),
+            "anchor_idx": None,
+            "retrieved_indices": [],
+            "question": question,
+            "memtrain_id": None if own_headings else document["id"],
+        },
+    }
 
 
 # ---- Chunks, and the recall task (section 3.3) ---------------------------------------------------
@@ -639,25 +866,32 @@ def chunks(text, tokenizer, chunk_tokens):
 
 class Recall(NamedTuple):
     k: int  # the memory after turn k ..
-    l: int  # .. is asked for an entity of chunk l < k; both count from 1
+    l: int  # .. is asked for an entity of chunk l; both count from 1
     ids: list[int]  # chunk l with the entity hidden
     target: str
 
 
-def draw_recall(document, chunks, tokenizer, chunk_tokens, rng):
-    """Draw k uniformly from 2..T, l below it, and an entity wholly inside chunk l.
+def draw_recall(document, chunks, tokenizer, chunk_tokens, rng, window="after"):
+    """Draw k and l, and an entity wholly inside chunk l.
 
-    If chunk l has none, the other chunks are tried in random order, those below k first; None where
-    no chunk has one. A single chunk: k = l = 1. The entity becomes [TARGET] and the chunk is
-    encoded again; tokens that are now too many go from the end farther from the target.
+    window "after" (the paper's m_k): k uniform in 2..T, l in 1..k-1: the chunk was read before turn
+    k. "before" (the released code's, which reads the memory before a turn): k uniform in 1..T-1, l
+    in 2..k+1: chunk 1 is never asked for, chunk k+1 was not read yet. A single chunk: k = l = 1.
+
+    If chunk l has none, others are tried in random order, first those that go with k; None where no
+    chunk has one. The entity becomes [TARGET] and the chunk is encoded again; tokens that are now
+    too many go from the end farther from the target.
     """
-    # k, and the chunks in the order in which they are tried
-    count = len(chunks)
+    # k, and the chunks in the order in which they are tried; offset: of the last one that k allows
+    count, offset = len(chunks), -1 if window == "after" else 1
     if count == 1:
-        k, order = 1, [1]
-    else:
+        k, offset, order = 1, 0, [1]
+    elif window == "after":
         k = rng.randint(2, count)
         order = rng.sample(range(1, k), k - 1) + rng.sample(range(k, count), count - k)
+    else:
+        k = rng.randint(1, count - 1)
+        order = rng.sample(range(2, k + 2), k) + rng.sample(range(k + 2, count + 1), count - k - 1)
 
     # the first chunk that wholly holds an entity other than the answer
     text = document["text"]
@@ -668,8 +902,8 @@ def draw_recall(document, chunks, tokenizer, chunk_tokens, rng):
         if names:
             target = rng.choice(names)
             ids = _hide(target, text[start:end], tokenizer, chunk_tokens)
-            if l >= k > 1:
-                k = rng.randint(l + 1, count)
+            if l > k + offset:
+                k = rng.randint(l - offset, count if window == "after" else count - 1)
             return Recall(k, l, ids, target)
     return None
 
@@ -684,7 +918,7 @@ def _hide(target, text, tokenizer, chunk_tokens):
 
 def show(args):
     """Print a document and its answer; with --tokenizer chunk by chunk, and a recall."""
-    documents = load_documents(args.dir, args.split)
+    documents = load_documents(args.dir, args.split, args.ner)
     if not 0 <= args.document < len(documents):
         count = f"{args.split} has {len(documents)} documents"
         raise DataError(f"{args.dir}: {count}, --document counts from 0")
@@ -716,28 +950,40 @@ def show(args):
 # ---- Questions (sections 6 to 8) -----------------------------------------------------------------
 
 QUESTION_COLUMNS = (
-    "id index question input answers golden_answers answer context data_source prompt "
-    "reward_model.ground_truth extra_info.question extra_info.index"
+    "id _id index question input answers golden_answers answer target context data_source prompt "
+    "reward_model.ground_truth extra_info.question extra_info.index extra_info.memtrain_id"
 ).split()
 
 
-def load_questions(path, objectives=None):
+def load_questions(path, objectives=None, long=False):
     """Questions of any of the field's formats, from a file, a folder or the Hub.
 
     Gives a list of {"id", "source", "question", "answers": [str, ..], "context": str}. Read are
-    MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]} and
-    FlashRAG's golden_answers. With objectives, rows of several questions each: see pair_questions.
+    MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]},
+    FlashRAG's golden_answers, LongBench and BABILong. long: every question needs a context.
+    With objectives, rows of several questions each: those that a file has joined (MEM1's), and
+    others as pair_questions joins them. DataError for a row that lacks something.
     """
     if path == "BytedTsinghua-SIA/hotpotqa":
         path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
-    rows = [question_row(place, row) for place, row in read_rows(path, QUESTION_COLUMNS)]
+    rows = []
+    for place, row in read_rows(path, QUESTION_COLUMNS):
+        found = question_row(place, row, several=objectives is not None)
+        if long and not found["context"].strip():
+            raise DataError(f"{place}: a long-text question needs a context, this row has none")
+        rows.append(found)
     if not rows:
         raise DataError(f"{path}: no questions")
-    return pair_questions(rows, objectives) if objectives else rows
+    if not objectives:
+        return rows
+    joined = pair_questions(rows, objectives)
+    if not joined:
+        raise DataError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
+    return joined
 
 
-def question_row(place, row):
-    """One row of any format as a question.
+def question_row(place, row, several=False):
+    """One row of any format as a question; several: "answers" may be a list of lists.
 
     >>> row = {"index": 3, "input": "Who?", "answers": "['Ann']", "context": [["A", "She did."]]}
     >>> question_row("f:1", row) == {
@@ -745,58 +991,170 @@ def question_row(place, row):
     ...     "context": "Document 1:\\nA\\nShe did."}
     True
     """
-    # what is filled in, also in the structs of MemAgent's parquet
-    filled = {}
-    for part in (row.get("reward_model"), row.get("extra_info"), row):
-        fields = part if isinstance(part, dict) else {}
-        for name, value in fields.items():
-            if value not in (None, "", [], {}):
-                filled[name] = value
-
-    def first(*names):
-        return next((filled[name] for name in names if name in filled), None)
+    # the row's own fields, and those of MemAgent's and the released code's structs
+    own = {name: _plain(place, value) for name, value in row.items()}
+    structs = [own.get(name) for name in ("reward_model", "extra_info")]
+    model, extra = [struct if isinstance(struct, dict) else {} for struct in structs]
 
     # each under the names that the formats have for it
-    identity = first("id", "index")
-    question, prompt = first("question", "input"), first("prompt")
-    if question is None and isinstance(prompt, list) and isinstance(prompt[-1], dict):
-        question = prompt[-1].get("content")
-    answers = _answers(first("answers", "golden_answers", "answer", "ground_truth"))
-    if not question or not answers:
-        wanted = "a question needs a question and an answer"
-        raise DataError(f"{place}: {wanted}, this row has {sorted(row)}")
+    identity = _first(extra.get("memtrain_id"), *map(own.get, ("id", "_id", "index")))
+    identity = _first(identity, extra.get("index"), place)
+    question, context = (
+        _first(own.get("question"), extra.get("question")),
+        _first(own.get("context")),
+    )
+    if question is None:
+        question = _first(own.get("input"), _prompt(own.get("prompt")))
+    elif context is None:  # BABILong's `input` is the text
+        context = _first(own.get("input"))
+    gold = _first(*map(own.get, ("answers", "golden_answers", "answer", "target")))
+    gold = _first(gold, model.get("ground_truth"), extra.get("answers"), extra.get("answer"))
+    golds = golds_of(place, gold)
+    for name, found in ("question", isinstance(question, str)), ("answer", golds):
+        if not found:
+            filled = [name for name in sorted(own) if _first(own[name]) is not None]
+            wanted = f"a question needs a question and an answer, this row has {filled}"
+            raise DataError(f"{place}: no {name}; {wanted}")
 
-    context = row.get("context") or ""
-    if not isinstance(context, str):
-        context = lay_out(paragraphs(place, row))
+    # a row of several questions has golds for each
+    question = question.strip()
+    if several:
+        check_joined(place, question, golds)
+    elif len(golds) > 1:
+        problem = f"golds of {len(golds)} questions at once"
+        raise DataError(f"{place}: {problem}; such rows are for --task searchqa alone")
+    if context is not None and not isinstance(context, str):
+        context = lay_out(paragraphs(place, own))
     return {
-        "id": str(place if identity is None else identity),
-        "source": first("data_source") or "",
-        "question": str(question).strip(),
-        "answers": answers,
-        "context": context,
+        "id": str(identity),
+        "source": str(_first(own.get("data_source")) or ""),
+        "question": question,
+        "answers": golds if len(golds) > 1 else golds[0],
+        "context": context or "",
     }
 
 
-def _answers(value):
-    """The answers as strings, from a list, one value, or a list that went through str()."""
-    if isinstance(value, str) and re.fullmatch(r"\[.*\]", value, re.DOTALL):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
+def _first(*values):
+    """The first that is not empty; None without."""
+    for value in values:
+        blank = isinstance(value, str) and not value.strip()
+        if not blank and value is not None and value != [] and value != {}:
+            return value
+    return None
+
+
+def _plain(place, value):
+    """The value with lists for arrays, text for bytes and None for NaN."""
+    if isinstance(value, bytes):
+        with explained(f"{place}: bytes that are not UTF-8", UnicodeDecodeError):
+            return value.decode()
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(place, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(place, each) for each in value]
+    return None if value != value else value
+
+
+def _prompt(prompt):
+    """The question of a conversation: its last message, or what follows `question:` in the last
+    line of that.
+
+    >>> _prompt([{"role": "user", "content": "Search.\\nAnswer these questions: Who?; Where?\\n"}])
+    'Who?; Where?'
+    """
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("content")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return None
+    last_line = prompt.strip().splitlines()[-1]
+    _, marker, asked = re.split(r"(?i)(\bquestions?:\s+|\Z)", last_line, maxsplit=1)
+    return asked if marker else prompt
+
+
+def golds_of(place, value):
+    """The golds of every question of a row, [[gold, ..], ..], or None where there are none.
+
+    Of one question "x", 5 or ["x", "y"], of several [["x"], ["y", "z"]], each also as
+    {"target": ..}, and each also printed as a text.
+
+    >>> golds_of("f:1", {"target": ["x", None]}), golds_of("f:1", "[['x'], ['y', 5.0]]")
+    ([['x']], [['x'], ['y', '5']])
+    """
+    if isinstance(value, str):
+        value = _unprinted(place, value)
+    if isinstance(value, dict) and "target" in value:
+        return golds_of(place, value["target"])
     values = value if isinstance(value, list) else [value]
-    plain = [str(answer) for answer in values if isinstance(answer, (str, int, float))]
-    return [answer for answer in plain if answer.strip()]
+    nested = any(isinstance(each, list) for each in values)
+    if nested and not all(isinstance(each, list) or each is None for each in values):
+        raise DataError(f"{place}: golds must be texts, or one list of texts for each question")
+
+    golds = []
+    for number, own in enumerate(values if nested else [values], 1):
+        golds.append([_gold(place, gold) for gold in own or [] if _first(gold) is not None])
+        if nested and not golds[-1]:
+            raise DataError(f"{place}: no gold for question {number} of {len(values)}")
+    return golds if golds[0] else None
+
+
+def _gold(place, value):
+    """A gold as text; of numbers, 5.0 stands for 5: a column with gaps is one of floats."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{place}: a gold must be a text, this is a {type(value).__name__}")
+    return str(value)
+
+
+def _unprinted(place, text):
+    """A list or a dict that went through str(), read back; any other text as it is."""
+    if not re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", text, re.DOTALL):
+        return text
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        try:
+            return _plain(place, json.loads(text))
+        except json.JSONDecodeError:
+            if "target" in text:
+                raise DataError(f"{place}: golds that can't be read: {text[:80]}") from None
+            return text
+    tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    if (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:]):
+        raise DataError(f"{place}: golds lost their commas, write them as a list: {text[:80]}")
+    return _plain(place, value) if isinstance(value, (list, dict)) else text
+
+
+def check_joined(place, question, golds):
+    """Questions joined by ";" must be as many as lists of golds; a question may hold a ";"."""
+    parts = list(filter(str.strip, question.split(";")))
+    surely = list(filter(str.strip, re.split(r"\?\s*;", question)))
+    if len(golds) not in (len(parts), len(surely)):
+        problem = f"{len(surely)} questions joined by ; but golds of {len(golds)}"
+        raise DataError(f"{place}: {problem}; repair or delete the row")
 
 
 def paragraphs(place, row):
-    """[(title, text), ..] from [[title, text or sentences], ..] or HotpotQA's dict of lists."""
-    context = row.get("context") or []
+    """[(title, text), ..] from [[title, text or sentences], ..], [{title, text}, ..] or HotpotQA's
+    dict of lists."""
+    context, found = row.get("context") or [], []
     try:
         if isinstance(context, dict):
-            context = zip(context["title"], context["sentences"])
-        return [(title, "".join(sentences)) for title, sentences in context]  # a text is left whole
+            titles, texts = list(context["title"]), list(context["sentences"])
+            context = list(zip(titles, texts, strict=True))
+        for paragraph in context:
+            if isinstance(paragraph, dict):
+                paragraph = paragraph["title"], paragraph["text"]
+            title, text = paragraph
+            if isinstance(paragraph, str) or not isinstance(title, str):
+                raise TypeError
+            found.append((title, "".join(text)))  # sentences; a text is left whole
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{place}: context must be a text or [[title, text], ..]") from None
+    return found
 
 
 def lay_out(pairs):
@@ -811,16 +1169,19 @@ def lay_out(pairs):
 
 def pair_questions(rows, objectives):
     """Join consecutive questions of one source, `objectives` at a time; a rest is dropped.
+    Rows that hold several questions already stay as they are.
 
     >>> rows = [{"id": n, "question": f"Q{n}?", "answers": [n]} for n in "abc"]
     >>> pair_questions(rows, 2)
     [{'id': 'a+b', 'source': '', 'question': 'Qa?; Qb?', 'answers': [['a'], ['b']], 'context': ''}]
     """
-    by_source = {}
+    joined, by_source = [], {}
     for row in rows:
-        by_source.setdefault(row.get("source", ""), []).append(row)
+        if isinstance(row["answers"][0], list):
+            joined.append({**row, "context": ""})
+        else:
+            by_source.setdefault(row.get("source", ""), []).append(row)
 
-    joined = []
     for source, own in by_source.items():
         for first in range(0, len(own) - objectives + 1, objectives):
             group = own[first : first + objectives]
@@ -1062,11 +1423,20 @@ COMMANDS = {  # flags: name, type, default (None: must be given), smallest value
         ("--passage_words", int, 160, 1, "words of a passage cut from an article"),
         ("--max_passages", int, 300_000, 0, "of the corpus, 0: all; some 6 kB of memory each"),
         ("--min_passages", int, 1, 1, "passages that hold the answer, the pivot included"),
+        ("--max_occurrences", int, 0, 0, "an entity stands fewer times in its passage, 0: any"),
+        ("--max_words", int, 0, 0, "an entity has fewer words, 0: any; released code: 5 and 8"),
         ("--processes", int, os.cpu_count(), 1, "processes that look for entities"),
         ("--seed", int, 0, None, "of all that is drawn"),
     ]),
-    "show": (show, "print one document as the agent sees it", [
+    "export": (export, "write documents in the released code's columns", [
         ("dir", str, None, None, "folder that build wrote"),
+        ("--out", str, None, None, "new file, .parquet"),
+        ("--split", str, "train", None, "train or heldout"),
+        ("--question", str, QUESTION, None, "of documents without one of their own"),
+    ]),
+    "show": (show, "print one document as the agent sees it", [
+        ("dir", str, None, None, "folder that build wrote, or file in the released code's columns"),
+        ("--ner", str, "en_core_web_sm", None, "what finds the entities of such a file"),
         ("--tokenizer", str, "", None, "model whose tokenizer cuts the chunks"),
         ("--chunk_tokens", int, 5120, 1, "tokens of a chunk"),
         ("--split", str, "train", None, "train or heldout"),

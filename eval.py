@@ -14,7 +14,8 @@ before it. Documents are read whole, however long.
 Every finished sample is a line in OUT.parts/, and tables are made of those lines: a stopped
 evaluation goes on where it was. The noise is a function of (set, question, sample), so that neither
 stopping nor the number of ranks changes a table. An answer that is missing, empty or cut before its
-box is closed counts as wrong.
+box is closed counts as wrong. Below a table of longqa stands what the authors' released code would
+count: the first gold only, and empty outputs not at all.
 """
 
 import argparse
@@ -47,7 +48,7 @@ SCORES = {
 # flags of train.py that are flags here
 SETTINGS = (
     "chunk_tokens memory_tokens answer_tokens prompt_order kv_tokens segment retriever encoder "
-    "passages result_tokens objectives turns eval_documents seed"
+    "passages result_tokens objectives turns eval_documents seed ner recall_window"
 ).split()
 
 # ------------------------------------------------------------------------ command line and model
@@ -117,7 +118,8 @@ def load_sets(args, cfg):
         name = name or Path(path).name.split(".")[0]
         if name in sets:
             raise InputError(f"--data: two sets are called {name}; write NAME={path}")
-        sets[name] = data.load_questions(path, cfg.objectives if cfg.task == "searchqa" else None)
+        objectives = cfg.objectives if cfg.task == "searchqa" else None
+        sets[name] = data.load_questions(path, objectives, long=args.command == "longqa")
     if not sets:
         raise InputError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
     return sets
@@ -307,14 +309,14 @@ def write_json(path, value):
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
-    heldout = train.load_documents(cfg)[1]
-    rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
-    if not rows:
-        raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
     setup, policy = open_model(args, cfg)
+    rows = []
+    for path in cfg.data:
+        documents = train.heldout_documents(cfg, path)
+        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
     train.check_budget(setup, rows, policy.lm)
     table = {}
-    for kind, (*score, n) in train.evaluate(setup, policy, rows).items():
+    for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():
         table[train.KINDS[kind]] = {"n": n, "em": score}
     print_table(table)
     if args.out:
@@ -335,10 +337,10 @@ def questions(args):
     if args.command == "filter":
         write_questions(args.out, sets, records)
     else:
-        write_table(args.out, cfg, records)
+        write_table(args.out, cfg, sets, records)
 
 
-def write_table(out, cfg, records):
+def write_table(out, cfg, sets, records):
     """A row for every set, then their average. Its interval is wide enough for sets that ask the
     same questions, as files of several lengths do; for others it is wider than need be."""
     table = {name: summary(records[name]) for name in records}
@@ -349,7 +351,37 @@ def write_table(out, cfg, records):
         table["average"] = average
     print_table(table)
     record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "table": table}
+    if cfg.task == "longqa":
+        record["released"] = {name: released_em(sets[name], records[name]) for name in records}
+        print_released(table, record["released"])
     write_json(out, record)
+
+
+def released_em(rows, records):
+    """Exact match as the authors' released code counts it: only the first gold counts, and empty
+    outputs are left out instead of being wrong. -> {"em": share or None, "n": outputs counted}"""
+    scores = []
+    for record in records:
+        if (record["answer"] or "").strip():
+            answer, golds = (
+                rewards.extract_boxed(record["answer"]),
+                rows[record["index"]]["answers"],
+            )
+            scores.append(rewards.exact_match(answer, golds[:1]))
+    return {"em": train.mean(scores) if scores else None, "n": len(scores)}
+
+
+def print_released(table, released):
+    """The line below the table: the difference that the other arithmetic makes; on rank 0."""
+    parts = []
+    for name, counted in released.items():
+        theirs = "-" if counted["em"] is None else f"{100 * counted['em']:.2f}"
+        parts.append(
+            f"{name} {theirs} of {counted['n']} outputs (em above: {cell(table[name]['em'])})"
+        )
+    if distributed.rank() == 0:
+        print("em as the released code counts, first gold only, empty outputs left out:")
+        print("\n".join(parts))
 
 
 def write_questions(out, sets, records):
@@ -379,8 +411,10 @@ def curves(args):
             em = {line["step"]: line["em"] for line in lines if "em" in line}
             (line,) = left.plot(em.keys(), em.values(), alpha=0.4)
             looks = {line["step"]: line["heldout"] for line in lines if "heldout" in line}
-            scores = {step: look["trajectory"][:3] for step, look in looks.items()}
-            dots(left, scores, path.name, line.get_color())
+            for (kind, called), marker in zip(train.KINDS.items(), "o^s"):
+                scores = {step: look[kind][:3] for step, look in looks.items() if kind in look}
+                if scores:
+                    dots(left, scores, f"{path.name}: {called}", line.get_color(), marker)
         else:
             # a dot for every length
             table = json.loads(path.read_text()).get("table", {})
@@ -400,11 +434,11 @@ def curves(args):
     print(args.out)
 
 
-def dots(axes, scores, label, color=None):
+def dots(axes, scores, label, color=None, marker="o"):
     """Draws {x: [mean, low, high]}."""
     mean, low, high = np.array(list(scores.values())).reshape(-1, 3).T
     errors = [mean - low, high - mean]
-    axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+    axes.errorbar(list(scores), mean, errors, marker=marker, capsize=3, label=label, color=color)
 
 
 @distributed.one_line_errors(data.DataError)

@@ -64,11 +64,40 @@ def _comparable(text):
     return normalize_answer(text) or " ".join(text.lower().split())
 
 
-def _best(score, prediction, golds):
+# what stands in the way of comparing mathematics: pattern, what it becomes; in this order
+_LATEX = [
+    (r"\\[!,;: ]|\\left\b|\\right\b", ""),  # spacing and sizes
+    (r"\\?[$%]|\^\{?\\circ\}?", ""),  # dollars, percents, degrees
+    (r"\\(?:text|mbox)\{ [^{}]*\}\s*$", ""),  # a unit at the end
+    (r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1"),
+    (r"\\[td]frac", r"\\frac"),
+    (r"(?<![\d.])\.(?=\d)", "0."),  # .5
+    (r"^\s*\w{1,2}\s*=", ""),  # x = 5
+    (r"\s+", ""),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+    (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
+]
+
+
+def math_form(text):
+    r"""MATH's kind of normal form: lower case, no blanks at all, one way to write LaTeX. Articles
+    and punctuation stay.
+
+    >>> math_form("New  York"), math_form("The Nile."), math_form(r"x = \dfrac12")
+    ('newyork', 'thenile.', '\\frac{1}{2}')
+    """
+    text = text.lower()
+    for pattern, plain in _LATEX:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def _best(score, prediction, golds, form=_comparable):
     """The best score over the golds; 0 for no prediction, a blank one, or no golds."""
-    prediction = _comparable(prediction or "")
+    prediction = form(prediction or "")
     golds = [golds] if isinstance(golds, str) else golds
-    golds = [gold for gold in map(_comparable, golds) if gold]
+    golds = [gold for gold in map(form, golds) if gold]
     if not prediction or not golds:
         return 0.0
     return max(float(score(prediction, gold)) for gold in golds)
@@ -134,16 +163,32 @@ def split_answers(text, n):
     return answers + [None] * (n - len(answers))
 
 
-def answer_reward(answer, golds):
+MATCHES = {"squad": _comparable, "math": math_form}  # forms in which equal answers are equal
+
+
+def boxed_answer(text, match="squad"):
+    r"""The answer that a response is rewarded for: its last box; "math" looks for it in the last
+    300 characters.
+
+    >>> text = r"\boxed{Rome}" + 300 * "."
+    >>> boxed_answer(text), boxed_answer(text, "math")
+    ('Rome', None)
+    """
+    return extract_boxed(text[-300:] if match == "math" else text)
+
+
+def answer_reward(answer, golds, match="squad"):
     """What an answer earns, in all tasks: R_I of a recall (eq. 1), the first part of R_E (eq. 2), a
-    question's reward in post-training.
+    question's reward in post-training. match: "math" compares as the released code does.
 
     Another reward goes here, and here only: what is reported stays exact match.
 
-    >>> answer_reward("Rome", ["Rome"])
-    1.0
+    >>> answer_reward("the Nile", ["Nile"]), answer_reward("the Nile", ["Nile"], "math")
+    (1.0, 0.0)
+    >>> answer_reward("New York", ["NewYork"]), answer_reward("New York", ["NewYork"], "math")
+    (0.0, 1.0)
     """
-    return exact_match(answer, golds)
+    return _best(lambda answer, gold: answer == gold, answer, golds, MATCHES[match])
 
 
 def end_to_end_reward(correct, recall_rewards, weight=0.5, objective="full"):

@@ -15,12 +15,14 @@ checkpoint with the trainer's state inside).
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -47,9 +49,38 @@ OBJECTIVES = ("full", "decoupled", "e2e")  # section 5.1
 PROMPT_ORDERS = ("memory_first", "chunk_first")
 AGGREGATES = ("sequence", "token", "constant")
 # flags that may differ when a run goes on: how long, what it shows and keeps, where it runs
-RESUMED = "out resume steps eval_every eval_documents save_every keep samples".split()
+RESUMED = "out resume steps heldout eval_every eval_documents save_every keep samples".split()
 RESUMED += "kv_tokens tokens_per_forward compile retriever".split()
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run stops
+
+# RECIPES[recipe][task]: where it differs from the defaults of Config, the paper's for MemTrain
+RECIPES = {
+    "paper": {
+        "memtrain": {},
+        "longqa": dict(steps=500, documents_per_update=8, group=16, aggregate="token"),
+        "searchqa": dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
+    },
+    "released": {  # the scripts of the authors' code, LiliShadow/MemTrain
+        "memtrain": dict(
+            chunk_tokens=5000, recall_window="before", match="math",
+            aggregate="token", dual_clip=3.0, eval_every=5,
+        ),
+        "longqa": dict(
+            steps=500, documents_per_update=8, group=8, chunk_tokens=5000, match="math",
+            aggregate="token", dual_clip=3.0,
+        ),
+        "searchqa": dict(
+            steps=1000, documents_per_step=64, documents_per_update=32, group=8, lr=5e-7,
+            answer_tokens=1000, result_tokens=1000, aggregate="token", dual_clip=3.0, scale="group",
+        ),
+    },
+    "released_alone": {  # its baseline, long-text QA without MemTrain, has another learning rate
+        "longqa": dict(
+            steps=1000, documents_per_update=8, group=8, chunk_tokens=5000, match="math",
+            aggregate="token", dual_clip=3.0, lr=5e-7,
+        ),
+    },
+}  # fmt: skip
 
 
 def flag(default, help, *choices):
@@ -62,16 +93,21 @@ def flag(default, help, *choices):
 
 @dataclass
 class Config:
-    """Defaults are the paper's. A task's (TASKS) override them, those of a model's memtrain.json
-    override these, explicit flags override all. Sizes are of a whole step over all ranks, but for
-    those of "memory and speed", which are a rank's."""
+    """Defaults are the paper's for MemTrain. What --recipe has for the task (RECIPES) overrides
+    them, a model's memtrain.json overrides that (its sizes and prompts are the model's own),
+    explicit flags override all. Sizes are of a whole step over all ranks, but for those of "memory
+    and speed", which are a rank's."""
 
     # task
     task: str = flag("memtrain", "what to train: a name of TASKS")
+    recipe: str = flag("paper", "settings of a publication, see RECIPES", *RECIPES)
     objective: str = flag("full", "recall is in R_E, only trained, or absent", *OBJECTIVES)
     model: str = flag(POCKET_MODEL, "Hub name, folder with a checkpoint, or folder of a run")
-    data: list[str] = flag([], "what data.py build wrote (memtrain), or files of questions")
-    heldout: list[str] = flag([], "files of questions to look at while training")
+    data: list[str] = flag([], "documents: data.py build's, the released code's; or questions")
+    ner: str = flag(
+        "en_core_web_sm", "finds recalls in the released code's files, as data.py build"
+    )
+    heldout: list[str] = flag([], "questions or documents to answer at every look")
     out: str = flag("", "folder of the run (runs/TASK)")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with its settings")
     seed: int = flag(0, "of the data order, the recall draws and the sampling noise")
@@ -82,6 +118,7 @@ class Config:
     group: int = flag(8, "trajectories of a document (G1)")
     recalls: int = flag(8, "samples of one recall (G2)")
     recall_draw: str = flag("trajectory", "draw k, l, target for each", "trajectory", "document")
+    recall_window: str = flag("after", "memory after turn k, or before it", "after", "before")
     chunk_tokens: int = flag(5120, "tokens of a section")
     max_chunks: int = flag(8, "sections read; a longer document keeps its head and tail")
     memory_tokens: int = flag(1024, "most tokens of a memory")
@@ -89,6 +126,7 @@ class Config:
     prompt_order: str = flag("memory_first", "what comes first", *PROMPT_ORDERS)
     temperature: float = flag(1.0, "of sampling; divides the logits in training as well")
     # loss
+    match: str = flag("squad", "what the reward takes for the same answer", *rewards.MATCHES)
     recall_weight: float = flag(0.5, "lambda of eq. 2")
     kl: float = flag(1e-3, "weight of the KL to the reference; 0 loads no reference")
     clip_low: float = flag(0.2, "ratio below 1 - this is clipped")
@@ -164,9 +202,10 @@ def parse(argv=None):
     if given.get("resume") and saved.exists():
         before = json.loads(saved.read_text())["config"]
         for name, value in given.items():
-            if name not in RESUMED and before[name] != value:
+            begun = before.get(name)
+            if name not in RESUMED and begun != value:
                 raise InputError(
-                    f"--resume: {given['out']} was begun with --{name} {before[name]}, not {value}:"
+                    f"--resume: {given['out']} was begun with --{name} {begun}, not {value}:"
                     " leave the flag out, or choose another folder"
                 )
         return Config(**before | given)
@@ -191,7 +230,12 @@ def configure(given):
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise InputError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
-    cfg = Config(**TASKS[task].defaults | settings | given | {"model": model})
+    name = given.get("recipe", settings.get("recipe", Config.recipe))
+    recipe = RECIPES.get(name, {}).get(task)
+    if recipe is None and name != Config.recipe:  # of tasks of yours the paper says nothing
+        raise InputError(f"--recipe {name} has no settings for --task {task}, see RECIPES")
+    recipe = recipe or {}
+    cfg = Config(**recipe | settings | given | {"model": model})
     if cfg.group < 2:
         raise InputError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
     if cfg.objective != "e2e" and cfg.recalls < 2:
@@ -288,6 +332,16 @@ def open_search(cfg):
     return functools.partial(data.open_retriever(cfg.retriever, cfg.encoder), k=cfg.passages)
 
 
+def setup_of(setup, task, **changes):
+    """The setup as another task needs it, and with other settings."""
+    cfg = dataclasses.replace(setup.cfg, task=task, **changes)
+    sampler = setup.sampler
+    if TASKS[setup.cfg.task].searches and not TASKS[task].searches:
+        sampler = copy.copy(sampler)
+        sampler.stop = None  # tags end a turn of search alone
+    return setup._replace(cfg=cfg, sampler=sampler)
+
+
 def check_budget(setup, rows, lm):
     """Nothing may outgrow the model's context; the numbers are known before the run."""
     cfg = setup.cfg
@@ -305,24 +359,62 @@ def check_budget(setup, rows, lm):
 # ----------------------------------------------------------------------------------- data of a run
 
 
-def load_documents(cfg):
-    """-> (documents to train on, held-out documents), as data.py build wrote them."""
+def load_documents(cfg, split="train"):
+    """The documents of a split of all --data, folders or files."""
     from datasets import concatenate_datasets
 
-    parts = []
-    for split in ("train", "heldout"):
-        parts.append(concatenate_datasets([data.load_documents(path, split) for path in cfg.data]))
-    return parts
+    return concatenate_datasets([read_documents(cfg, path, split) for path in cfg.data])
+
+
+def read_documents(cfg, path, split):
+    """The documents of a split of one folder or file; rank 0 finds the entities of a file."""
+    if re.search(data.ROW_FILE, path):
+        if distributed.rank() == 0:
+            data.load_documents(path, split, cfg.ner)
+        torch.distributed.barrier()
+    return data.load_documents(path, split, cfg.ner)
 
 
 def load_questions(cfg):
-    """-> (questions to train on, held-out questions); joined `objectives` at a time for search."""
-    objectives = cfg.objectives if TASKS[cfg.task].searches else None
-    parts = []
-    for files in (cfg.data, cfg.heldout):
-        rows = [data.load_questions(path, objectives) for path in files]
-        parts.append(rows[0] if len(rows) == 1 else sum(map(list, rows), []))
-    return parts
+    """The questions of all --data."""
+    rows = [read_questions(cfg, path) for path in cfg.data]
+    return rows[0] if len(rows) == 1 else sum(map(list, rows), [])
+
+
+def read_questions(cfg, path):
+    """The questions of one file, several in one for search; others need a text to read."""
+    searches = TASKS[cfg.task].searches
+    return data.load_questions(path, cfg.objectives if searches else None, long=not searches)
+
+
+def load_heldout(cfg):
+    """What is looked at while training: {task that answers: rows}, eval_documents of each source.
+
+    The sources are the held-out part of --data, where it has one, and what --heldout names.
+    Training on documents, questions are answered as longqa does; and the other way round."""
+    reads = TASKS[cfg.task].load is load_documents
+    documents, questions = (cfg.task, "longqa") if reads else ("memtrain", cfg.task)
+    sources = [(documents, load_documents(cfg, "heldout"))] if reads else []
+    for path in cfg.heldout:
+        if data.holds_documents(path):
+            sources.append((documents, heldout_documents(cfg, path)))
+        else:
+            sources.append((questions, read_questions(cfg, path)))
+
+    heldout = {}
+    for task, rows in sources:
+        few = [rows[i] for i in range(min(cfg.eval_documents, len(rows)))]
+        if few:
+            heldout.setdefault(task, []).extend(few)
+    return heldout
+
+
+def heldout_documents(cfg, path):
+    """The held-out documents of a folder, all documents of a file."""
+    rows = read_documents(cfg, path, "heldout" if os.path.isdir(path) else "train")
+    if not len(rows):
+        raise InputError(f"{path}: none held out (data.py build --heldout N)")
+    return rows
 
 
 def questions_of(rows):
@@ -385,7 +477,8 @@ def memtrain(setup, rows, step):
         drawn_for = i if cfg.recall_draw == "trajectory" else "all"
         rng = random.Random(f"recall {cfg.seed} {step} {document} {drawn_for}")
         tokenizer, row = prompts.tokenizer, rows[document]
-        drawn = data.draw_recall(row, chunks[document], tokenizer, cfg.chunk_tokens, rng)
+        sizes = cfg.chunk_tokens, rng, cfg.recall_window
+        drawn = data.draw_recall(row, chunks[document], tokenizer, *sizes)
         if drawn is None:
             continue
         memory, agents = readers[document][i].memories[drawn.k], []
@@ -397,12 +490,13 @@ def memtrain(setup, rows, step):
 
     groups = []
     for document, row in rows.items():
-        whole, R_E = scored("trajectory", document, readers[document], [row["answer"]]), []
+        golds, R_E = [row["answer"]], []
+        whole = scored(cfg, "trajectory", document, readers[document], golds)
         for i, earned in enumerate(whole.rewards):
             R_I = []
             if (document, i) in recalls:
                 target, agents = recalls[document, i]
-                recall = scored("recall", document, agents, [target])
+                recall = scored(cfg, "recall", document, agents, [target])
                 R_I = recall.rewards  # eq. 1
                 groups.append(recall)
             weight, objective = cfg.recall_weight, cfg.objective
@@ -428,7 +522,8 @@ def longqa(setup, rows, step):
     rollout(sum(readers.values(), []), setup.sampler)
     groups = []
     for document, row in rows.items():
-        groups.append(scored("trajectory", document, readers[document], row["answers"]))
+        golds = row["answers"]
+        groups.append(scored(setup.cfg, "trajectory", document, readers[document], golds))
     return groups
 
 
@@ -451,7 +546,7 @@ def searchqa(setup, rows, step):
             answers = rewards.split_answers(agent.answer, len(row["answers"]))
             pairs = list(zip(answers, row["answers"]))
             group.exact_match.append(mean(rewards.exact_match(*pair) for pair in pairs))
-            group.rewards.append(mean(rewards.answer_reward(*pair) for pair in pairs))
+            group.rewards.append(mean(rewards.answer_reward(*pair, cfg.match) for pair in pairs))
         groups.append(group)
     return groups
 
@@ -473,11 +568,12 @@ def make_readers(setup, problem, chunks, key):
     return [Reader(setup.prompts, problem, ids, *sizes, (*key, i)) for i in range(cfg.group)]
 
 
-def scored(kind, document, agents, golds):
+def scored(cfg, kind, document, agents, golds):
     """The group of these agents, each scored by its boxed answer."""
     answers = [rewards.extract_boxed(agent.answer) for agent in agents]
     exact_match = [rewards.exact_match(answer, golds) for answer in answers]
-    earned = [rewards.answer_reward(answer, golds) for answer in answers]
+    answers = [rewards.boxed_answer(agent.answer, cfg.match) for agent in agents]
+    earned = [rewards.answer_reward(answer, golds, cfg.match) for answer in answers]
     return Group(kind, document, agents, exact_match, earned)
 
 
@@ -502,27 +598,15 @@ def mean(values):
 
 class Task(NamedTuple):
     rollout: object  # (setup, rows {document: row}, step) -> groups with rewards
-    load: object  # cfg -> (rows to train on, held-out rows)
+    load: object  # cfg -> rows to train on
     longest: object  # (setup, rows) -> tokens of the longest prompt and response
-    defaults: dict  # where they are not the paper's for MemTrain
     searches: bool = False  # has a --retriever, and several questions in one
 
 
 TASKS = {
-    "memtrain": Task(memtrain, load_documents, longest_reading, {}),
-    "longqa": Task(  # as MemAgent
-        longqa,
-        load_questions,
-        longest_reading,
-        dict(steps=500, documents_per_update=8, group=16, aggregate="token"),
-    ),
-    "searchqa": Task(  # as MEM1
-        searchqa,
-        load_questions,
-        longest_searching,
-        dict(steps=200, documents_per_update=8, group=16, aggregate="token", lr=5e-7),
-        searches=True,
-    ),
+    "memtrain": Task(memtrain, load_documents, longest_reading),
+    "longqa": Task(longqa, load_questions, longest_reading),  # MemAgent
+    "searchqa": Task(searchqa, load_questions, longest_searching, searches=True),  # MEM1
 }
 
 
@@ -710,22 +794,26 @@ def interval(scores):
     return share, round(max(low, 0.0), 10), round(min(high, 1.0), 10), n
 
 
-def evaluate(setup, policy, rows):
-    """Exact match on held-out rows, one trajectory and one recall each, with the same noise every
-    time and on any number of ranks. -> {kind: (mean, low, high, n)} with a 95 % interval"""
-    cfg = dataclasses.replace(setup.cfg, group=1, recalls=1, objective="full")
-    numbers = range(distributed.rank(), len(rows), distributed.world_size())
-    with torch.no_grad(), gathered(policy):
-        mine = {number: rows[number] for number in numbers}
-        groups = TASKS[cfg.task].rollout(setup._replace(cfg=cfg), mine, "heldout")
+def evaluate(setup, policy, heldout):
+    """Exact match on held-out rows {task: rows}, one trajectory and one recall each, with the same
+    noise every time and on any number of ranks. -> {kind: (mean, low, high, n)}, a 95 % interval"""
     scores = {}
-    for rank in all_gather([(group.kind, group.exact_match[0]) for group in groups]):
-        for kind, score in rank:
-            scores.setdefault(kind, []).append(score)
+    for task, rows in heldout.items():
+        one = setup_of(setup, task, group=1, recalls=1, objective="full")
+        numbers = range(distributed.rank(), len(rows), distributed.world_size())
+        with torch.no_grad(), gathered(policy):
+            mine = {number: rows[number] for number in numbers}
+            groups = TASKS[task].rollout(one, mine, "heldout")
+        reads = TASKS[task].load is load_documents
+        for rank in all_gather([(group.kind, group.exact_match[0]) for group in groups]):
+            for kind, score in rank:
+                kind = "questions" if kind == "trajectory" and not reads else kind
+                scores.setdefault(kind, []).append(score)
     return {kind: interval(scores[kind]) for kind in sorted(scores, reverse=True)}
 
 
-KINDS = {"trajectory": "E2E", "recall": "recall"}  # what they are called
+# kinds of held-out figures: what they are called
+KINDS = {"trajectory": "E2E", "recall": "recall", "questions": "QA"}
 
 
 def heldout_line(result):
@@ -882,13 +970,13 @@ def train(cfg, device):
     if cfg.gradient_checkpointing:
         # later transformers warn about the name that 5.17 has alone
         getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
-    rows, heldout = TASKS[cfg.task].load(cfg)
-    heldout = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
+    rows, heldout = TASKS[cfg.task].load(cfg), load_heldout(cfg)
     search = open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
     sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)
     setup = open_setup(cfg, policy, tokenizer, search=search, **sampling)
-    check_budget(setup, rows, lm)
+    for task, part in [(cfg.task, rows), *heldout.items()]:
+        check_budget(setup_of(setup, task), part, lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,

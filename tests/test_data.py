@@ -578,7 +578,7 @@ def test_answers_that_went_through_str_are_read_back(answer, golds):
 
 def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for_an_answer():
     row = {"question": "Who?; Where?", "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}}}
-    with pytest.raises(DataError, match="f:1: a question needs"):
+    with pytest.raises(DataError, match="f:1: golds of 2 questions at once"):
         data.question_row("f:1", row)
 
 
@@ -839,7 +839,7 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
     ]:
         with pytest.raises(DataError, match=f"{name}: {message}"):
             list(data.read_rows(str(tmp_path / name)))
-    with pytest.raises(DataError, match="q.jsonl:1: a question needs a question and an answer"):
+    with pytest.raises(DataError, match="q.jsonl:1: no answer; a question needs"):
         data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
     with pytest.raises(DataError, match="q.jsonl:1: context must be"):
         data.load_questions(

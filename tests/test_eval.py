@@ -421,7 +421,8 @@ def test_evaluation_files_of_memagents_shape_load_whole(file, documents):
 
 def test_curves_draw_runs_and_tables(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    looked = {"step": 0, "heldout": {"trajectory": [0.1, 0.0, 0.2, 9]}}
+    scores = [0.1, 0.0, 0.2, 9]
+    looked = {"step": 0, "heldout": {"trajectory": scores, "questions": scores}}
     trained = [{"step": 1, "R_E": 0.5, "em": 0.4}, {"step": 2, "R_E": 0.6, "em": 0.5}]
     for name, lines in {"looked": [looked, *trained], "plain": trained}.items():
         (tmp_path / name).mkdir()
@@ -451,7 +452,7 @@ def test_curves_draw_runs_and_tables(tmp_path, capsys):
     (["filter", "--model", "{pocket}", "--out", "t.json"], "needs --data"),
     (["curves", "--out", "t.png"], "needs runs"),
     (["longqa", "--model", "{bare}", "--out", "t.json"], "needs --data"),
-    (["memtrain", "--model", "{bare}", "--data", "{bare}"], "no documents here"),
+    (["memtrain", "--model", "{pocket}", "--data", "{bare}"], "no documents here"),
     (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"], "nowhere.json"),
     (["searchqa", "--model", "{pocket}", "--data", "q=x.jsonl", "--out", "t.json"], "x.jsonl"),
 ])  # fmt: skip

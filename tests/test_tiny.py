@@ -323,13 +323,14 @@ def configure(made, task):
 def test_train_takes_data_and_sizes_from_the_model_folder(made):
     cfg = configure(made, "memtrain")
     assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (24, tiny.FACTS_PER_CHUNK * tiny.FACT, 2e-4)
-    rows, heldout = train.load_documents(cfg)
+    rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)["memtrain"]
     assert (len(rows), len(heldout)) == (2048, 256)
     assert {**rows[3], "question": None} == {**tiny.documents(4, "train 0")[3], "question": None}
     assert heldout[3]["text"] == tiny.documents(4, "heldout 0")[3]["text"]
 
-    rows, heldout = train.load_questions(configure(made, "longqa"))
-    assert (len(rows), len(heldout)) == (2048, 512)
+    cfg = configure(made, "longqa")
+    rows, heldout = train.load_questions(cfg), train.load_heldout(cfg)["longqa"]
+    assert (len(rows), len(heldout)) == (2048, 256)
     assert rows[5]["context"] == tiny.questions(6, "train 0")[5]["context"]
 
 
@@ -342,7 +343,7 @@ def test_held_out_questions_come_in_all_lengths(made):
 
 def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made):
     cfg = configure(made, "searchqa")
-    rows, heldout = train.load_questions(cfg)
+    rows, heldout = train.load_questions(cfg), train.load_heldout(cfg)["searchqa"]
     assert (len(rows), len(heldout)) == (2048, 256)
     asked = []
     for part in rows, heldout:

@@ -171,7 +171,7 @@ def test_a_document_may_bring_its_own_question():
 
 
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
-    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds: 0.25)
+    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds, match: 0.25)
     rows = {0: tiny.documents(1, seed=5)[0]}
     groups = train.memtrain(pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x")
     whole = groups[-1]
@@ -421,7 +421,65 @@ def test_post_training_takes_its_own_updates_from_every_rollout(
     start([*flags, "--no-filter", "--out", "run"], tmp_path, monkeypatch)
     assert seen == [{0, 1}, {2, 3}]
     first, last = metrics_of("run")
-    assert first["heldout"]["trajectory"][3] == 4 and last["turns"] >= 1 and "imr" not in last
+    assert first["heldout"]["questions"][3] == 4 and last["turns"] >= 1 and "imr" not in last
+
+
+def first_rows(pocket_model, task, count, folder):
+    """A file with the first held-out questions that a model's settings name."""
+    [path] = train.model_settings(pocket_model)["settings"][task]["heldout"]
+    lines = Path(path).read_text().splitlines(keepends=True)[:count]
+    file = folder / f"{task}.jsonl"
+    file.write_text("".join(lines))
+    return str(file)
+
+
+@pytest.mark.parametrize("task", ["memtrain", "longqa", "searchqa"])
+def test_questions_and_documents_are_looked_at_while_any_task_trains(
+    task, pocket_model, tmp_path, monkeypatch, signals, capsys
+):
+    [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
+    questions = first_rows(pocket_model, "searchqa" if task == "searchqa" else "longqa", 6, tmp_path)
+    flags = ["--task", task, "--model", pocket_model, "--steps", "2", *SIZES, "--eval_documents", "3"]
+    heldout = [questions] if task == "memtrain" else [questions, documents]
+    start([*flags, "--eval_every", "1", "--out", "run", "--heldout", *heldout], tmp_path, monkeypatch)
+
+    looks = [line["heldout"] for line in metrics_of("run")]
+    assert [list(look) for look in looks] == [["trajectory", "recall", "questions"]] * 3
+    assert [score[3] for look in looks for score in look.values()] == [3] * 9
+    shown = capsys.readouterr().out
+    for line in ("step 0001/0002 | held-out", "before (step    0):", "after  (step    2):"):
+        [line] = [each for each in shown.splitlines() if each.startswith(line)]
+        assert all(word in line for word in ("E2E EM 0.", "| recall EM 0.", "| QA EM 0."))
+
+
+def test_a_look_gives_every_question_to_the_task_that_can_answer_it(alone, monkeypatch):
+    """Documents by memtrain, questions by longqa or, while that trains, by searchqa; each with its own settings."""
+    seen = []
+
+    def task(name):
+        def rollout(setup, rows, step):
+            seen.append((name, setup.cfg.task, setup.cfg.group, setup.sampler.stop, rows))
+            return [train.Group("trajectory", n, [], [1.0], [1.0]) for n in rows]
+
+        return train.TASKS[name]._replace(rollout=rollout)
+
+    for name in train.TASKS:
+        monkeypatch.setitem(train.TASKS, name, task(name))
+    sampler = argparse.Namespace(stop="at a tag")
+    setup = train.Setup(train.Config(task="searchqa"), None, sampler)
+    result = train.evaluate(setup, torch.nn.Module(), {"memtrain": ["a"], "searchqa": ["b", "c"]})
+    assert [each[:4] for each in seen] == [("memtrain", "memtrain", 1, None), ("searchqa", "searchqa", 1, "at a tag")]
+    assert {kind: score[::3] for kind, score in result.items()} == {"trajectory": (1.0, 1), "questions": (1.0, 2)}
+
+
+def test_a_held_out_question_that_outgrows_the_context_stops_the_run_before_it_begins(
+    pocket_model, tmp_path, monkeypatch, capsys
+):
+    row = {"question": "who " * 5000, "answers": ["Ann"], "context": "x"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit):
+        start(["--model", pocket_model, "--heldout", "long.jsonl", "--out", "run"], tmp_path, monkeypatch)
+    assert "the model's context holds" in capsys.readouterr().err and not Path("run").exists()
 
 
 def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
@@ -454,7 +512,7 @@ def learn(monkeypatch, folder, pocket_model, *flags):
     untrained model can stumble on. -> the mean reward of the first step and of the last three"""
     cities = {city.lower() for city in tiny.CITIES}
 
-    def starts_with_a_city(answer, golds):
+    def starts_with_a_city(answer, golds, match):
         return float(answer.lower().split(" ")[0] in cities)
 
     monkeypatch.setattr(rewards, "extract_boxed", lambda text: text)
@@ -505,7 +563,7 @@ def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypat
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(train, "all_gather", lambda value: [value])
-        train.evaluate(setup, torch.nn.Module(), list("abcdefghij"))
+        train.evaluate(setup, torch.nn.Module(), {"memtrain": list("abcdefghij")})
     assert seen == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
 
 

@@ -1,10 +1,14 @@
 """Evaluation: MemTrain's tasks on held-out documents, long-text QA by length, search QA by set.
+Looking: questions about a text of one's own, what memories hold, what they forget, curves.
 
     python eval.py memtrain --model runs/memtrain --data DOCS      end-to-end and recall, held out
     python eval.py longqa --model M --data eval_50.json eval_100.json --out FILE.json
     python eval.py longqa --model M --data eval_50.json --mode full_context --out FILE.json
     python eval.py searchqa --model M --data nq=nq.jsonl hp=hp.jsonl --retriever URL --out FILE.json
     python eval.py filter --model M --data FILE --out FILE.jsonl   drops what needs no context
+    python eval.py ask --model M --document FILE "question" ..     reads a text, shows each memory
+    python eval.py view runs/memtrain --out page.html              transcripts of a run, as a page
+    python eval.py forgetting --model M --data DOCS --out FILE.json [--png FILE]   recall by age
     python eval.py curves runs/a runs/b FILE.json --out curves.png
     torchrun --nproc_per_node 8 eval.py ..                         samples divided over ranks
 
@@ -21,11 +25,15 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import difflib
+import html
 import itertools
 import json
+import random
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +44,7 @@ import distributed
 import rewards
 import train
 from distributed import InputError, all_gather, gathered
-from rollout import Asker, Reader, Searcher, rollout
+from rollout import Asker, Reader, Recaller, Searcher, rollout
 
 SCORES = {
     "em": rewards.exact_match,
@@ -58,34 +66,34 @@ def parse(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
-    add("command", choices=("memtrain", "longqa", "searchqa", "filter", "curves"))
-    add("runs", nargs="*", help="folders of runs and tables of longqa (curves)")
+    add("command", choices=list(COMMANDS))
+    add("inputs", nargs="*", help="runs and tables (curves), a run (view), questions (ask)")
     add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
     add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
-    add("--out", help="the table as JSON; the questions left (filter); the picture (curves)")
-    add("--mode", choices=("memory", "full_context"), default="memory", help="of reading (longqa)")
+    add("--document", help="a text in UTF-8; - is what comes in (ask)")
+    add("--out", help="the table as JSON; questions left (filter); picture (curves); page (view)")
+    add("--quiet", action="store_true", help="print the answers alone (ask)")
+    add("--html", help="the memories and answers as a page (ask)")
+    add("--png", help="the curve as a picture (forgetting)")
+    modes = ("memory", "full_context")
+    add("--mode", choices=modes, default="memory", help="of reading (longqa, ask)")
     add("--greedy", action="store_true", help="temperature 0")
     add("--temperature", type=float, default=0.7, help="[0.7]; memtrain: as in training")
     add("--top_p", type=float, default=0.95, help="[0.95]; memtrain: 1")
     add("--samples", type=int, default=1, help="answers to every question [1]")
     add("--batch", type=int, default=32, help="samples in lock step on a rank [32]")
     train.add_flags(parser, SETTINGS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # questions may stand after flags
 
-    needed = {
-        "memtrain": ["--model"],
-        "filter": ["--model", "--data", "--out"],
-        "curves": ["runs", "--out"],
-    }
-    for name in needed.get(args.command, ["--model", "--out"]):
-        if not getattr(args, name.strip("-")):
+    for name in COMMANDS[args.command].needs:
+        if not (getattr(args, name[2:]) if name.startswith("--") else args.inputs):
             raise InputError(f"{args.command} needs {name}")
     return args
 
 
 def config_of(args):
     """Flags -> train.Config, filled up from the model's memtrain.json."""
-    task = "longqa" if args.command == "filter" else args.command
+    task = COMMANDS[args.command].task
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     given |= {"task": task, "model": args.model, "max_chunks": 10**9}
     if args.data:
@@ -101,7 +109,7 @@ def open_model(args, cfg):
     search = train.open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
     temperature, top_p = args.temperature, args.top_p
-    if args.command == "memtrain":
+    if cfg.task == "memtrain":
         temperature, top_p = cfg.temperature, 1.0
     if args.greedy:
         temperature = 0
@@ -301,16 +309,13 @@ def write_json(path, value):
             partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------- measuring
 
 
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
-    heldout = train.load_documents(cfg)[1]
-    rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
-    if not rows:
-        raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
+    rows = heldout_documents(cfg)
     setup, policy = open_model(args, cfg)
     train.check_budget(setup, rows, policy.lm)
     table = {}
@@ -319,6 +324,14 @@ def memtrain(args):
     print_table(table)
     if args.out:
         write_json(args.out, table)
+
+
+def heldout_documents(cfg):
+    heldout = train.load_documents(cfg)[1]
+    rows = [heldout[i] for i in range(min(cfg.eval_documents, len(heldout)))]
+    if not rows:
+        raise InputError(f"{' '.join(cfg.data)}: none held out (data.py build --heldout N)")
+    return rows
 
 
 def questions(args):
@@ -364,54 +377,509 @@ def write_questions(out, sets, records):
         print(f"{out}: {len(left)} of {sum(map(len, sets.values()))} questions are left")
 
 
+# ------------------------------------------------------------------------------------------- ask
+
+
+class ShownReader(Reader):
+    """A Reader that shows its memories as it writes them: show(number of the section, text)."""
+
+    def __init__(self, show, *settings):
+        super().__init__(*settings)
+        self.show = show
+
+    def receive(self, response_ids):
+        super().receive(response_ids)
+        if self.answer is None:
+            self.show(len(self.memories) - 1, self.prompts.text(response_ids))
+
+
+def ask(args):
+    """Reads a text once for every question, as a memory depends on its question, and answers."""
+    for question in args.inputs:
+        if not question.strip():
+            raise InputError("ask: a question is empty: write it in quotes, as the last argument")
+    text = read_text(args.document)
+    args.data = [args.document]
+    cfg = config_of(args)
+    setup, policy = open_model(args, cfg)
+    train.check_budget(setup, [{"question": question} for question in args.inputs], policy.lm)
+
+    # every rank reads for itself (a model may need several), rank 0 shows
+    silent = args.quiet or distributed.rank() > 0
+    sections = [chunk.ids for chunk in train.cut(setup, setup.prompts.clean(text))]
+    tokens, most = sum(map(len, sections)), cfg.chunk_tokens
+    if not silent:
+        of = f"{tokens} tokens in {len(sections)} sections of at most {most}"
+        passes = len(args.inputs) if args.mode == "memory" else 0
+        print(f"{args.document}: {of}" + (f", read {passes} times" if passes > 1 else ""))
+    agents = []
+    with tqdm(total=len(sections), desc="sections", disable=silent or None) as bar:
+        for number, question in enumerate(args.inputs):
+            agents.append(asked(args, setup, policy, sections, number, question, bar))
+        with torch.no_grad(), gathered(policy):
+            rollout(agents, setup.sampler)
+
+    if distributed.rank() == 0:
+        print_answers(args, agents)
+        if args.html:
+            write_asked(args, setup, agents, text)
+
+
+def asked(args, setup, policy, sections, number, question, bar):
+    """The agent that answers one of the questions, and shows its memories."""
+    cfg, prompts, key = setup.cfg, setup.prompts, ("ask", number)
+    problem = prompts.encode(question)
+    if args.mode == "full_context":
+        context = policy.lm.config.get_text_config().max_position_embeddings
+        whole = list(itertools.chain(*sections))
+        return WholeReader(prompts, problem, whole, context, cfg.answer_tokens, key)
+
+    def show(section, memory):
+        bar.update(section - bar.n)
+        if not args.quiet and distributed.rank() == 0:
+            of = f" for question {number + 1}" if len(args.inputs) > 1 else ""
+            tqdm.write(f"\n--- memory after section {section} of {len(sections)}{of}\n{memory}")
+            sys.stdout.flush()
+
+    sizes = cfg.memory_tokens, cfg.answer_tokens
+    return ShownReader(show, prompts, problem, sections, *sizes, key)
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or of what comes in (-). InputError where it is none."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--document {path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--document {path}: byte {error.start} is not UTF-8: a text is wanted, .txt or .md; "
+            "convert it first"
+        ) from None
+    if "\0" in text:
+        raise InputError(f"--document {path}: holds zero bytes: a text is wanted, .txt or .md")
+    if not text.strip():
+        raise InputError(f"--document {path}: there is no text in it")
+    return text
+
+
+def print_answers(args, agents):
+    """The answers: what is boxed, where anything is. With --quiet nothing else, a line each."""
+    for question, agent in zip(args.inputs, agents):
+        answer = rewards.extract_boxed(agent.answer) or agent.answer.strip()
+        if args.quiet:
+            print(" ".join(answer.split()))
+            continue
+        if isinstance(agent, WholeReader) and agent.document_cut:
+            print("note: the document outgrows the model's context: its middle was left out")
+        if agent.turns[-1].truncated:
+            print("note: --answer_tokens cut the answer")
+        print(f"\nquestion: {question}\nanswer:   {answer}")
+
+
+def write_asked(args, setup, agents, text):
+    """The page of `view`, of one document and the questions asked."""
+    records = []
+    for agent, question in zip(agents, args.inputs):
+        row = {"id": args.document, "question": question, "context": text, "answers": []}
+        group = train.Group("trajectory", 0, [agent], [], [])
+        records.append(train.transcript(setup, [group], None, 0, row))
+    write_page(args.html, f"{args.model}: {args.document}", records)
+
+
+# ------------------------------------------------------------------------------------------ view
+
+VIEWED = 48  # most transcripts of a page, spread over a longer run
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em 3em }
+article { display: none } article:target { display: block }
+body:not(:has(:target)) article:first-of-type { display: block }
+h2, td, pre { unicode-bidi: plaintext; overflow-wrap: anywhere } h2 { font-size: 1.2em }
+h4 { margin: 0; color: #555; font-weight: 500 } nav, table { margin: .7em 0; line-height: 1.7 }
+pre { font: inherit; margin: .2em 0; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
+.turn { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; border-top: 1px solid #bbb }
+.turn > * { min-width: 0; padding: .4em 0 }
+.recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(18em, 1fr)); gap: 0 2em }
+caption { text-align: start; font-weight: 600 } table { border-collapse: collapse; width: 100%% }
+td { border-top: 1px solid #ccc; padding-right: .6em; text-align: start }
+mark, ins, del { border-radius: 3px; print-color-adjust: exact } mark { background: #fd6 }
+.gold { background: #dbf } .target { background: #adf } ins { background: #cec }
+del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
+@media (max-width: 45em) { .turn, .recalls { grid-template-columns: 1fr } }
+@media print { nav { display: none } pre { max-height: none } body { font-size: 10px } }
+</style><h1>%(title)s</h1><p><mark>[MASK]</mark> is asked for at the end,
+<mark class="target">this</mark> in a recall, <mark class="gold">this</mark> is a right answer; in a
+memory: <ins>added</ins>, <del>dropped</del>.</p><nav>%(links)s</nav>%(articles)s</html>
+"""
+
+
+def view(args):
+    """The transcripts of a run (its folder, or a file of lines of its samples.jsonl) as a page."""
+    path = Path(args.inputs[0])
+    path = path / "samples.jsonl" if path.is_dir() else path
+    records = [row for _, row in data.read_rows(str(path))] if path.exists() else []
+    if not records or not all("advantages" in record for record in records):
+        raise InputError(f"{path}: no transcripts of train.py: name the folder of a run")
+    write_page(args.out, args.inputs[0], records[:: -(-len(records) // VIEWED)])
+    print(f"{args.out}: of {len(records)} transcripts at most {VIEWED}, evenly spread")
+
+
+def write_page(out, title, records):
+    """Transcripts as train.transcript makes them -> one HTML file that needs nothing else."""
+    links, articles = [], []
+    for number, record in enumerate(records):
+        name = f"step {record['step']}" if record["step"] else f"question {number + 1}"
+        links.append(f'<a href="#t{number}">{name}</a>')
+        back = f'<a href="#t{max(number - 1, 0)}">← back</a>'
+        on = f'<a href="#t{min(number + 1, len(records) - 1)}">on →</a>'
+        head = f"<nav>{back} <b>{name}</b> {html.escape(str(record['id']))} {on}</nav>"
+        articles.append(f'<article id="t{number}">{head}{article(record)}</article>')
+    parts = {"title": html.escape(title), "links": "\n".join(links), "articles": "".join(articles)}
+    with data.whole_or_nothing(out) as partial:
+        partial.write_text(PAGE % parts, encoding="utf-8", errors="replace")
+
+
+def article(record):
+    """HTML of a transcript: sections and memories side by side, answers, recalls."""
+    golds = [gold if isinstance(gold, str) else " / ".join(gold) for gold in record["golds"]]
+    page = f"<h2>{html.escape(record['question'])}</h2>"
+    page += f"right: <bdi>{html.escape('; '.join(golds))}</bdi>" if golds else ""
+
+    # a row for every turn
+    sections = [record["document"][a:b] for a, b in record.get("sections", [])]
+    *memories, answer = record["turns"]
+    for turn, seen in enumerate(sections or record["prompts"], 1):
+        targets = [each["target"] for each in record["recalls"] if each["l"] == turn]
+        seen = marked(seen, dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target"))
+        page += f'<div class="turn"><div><h4>{turn}: read</h4><pre>{seen}</pre></div>'
+        if turn <= len(memories):
+            memory = changed(memories[turn - 2] if turn > 1 else "", memories[turn - 1])
+            page += f"<div><h4>written</h4><pre>{memory or '(nothing)'}</pre></div>"
+        page += "</div>"
+    page += f'<div class="turn"><div><h4>answer</h4><pre>{html.escape(answer)}</pre></div></div>'
+
+    # what it all earned
+    if record["rewards"]:
+        page += results_table("trajectories; the first is the one above", record)
+    page += '<div class="recalls">'
+    for each in record["recalls"]:
+        where = f"trajectory {each['trajectory'] + 1}, memory after {each['k']}"
+        caption = f"recall: {where}, [TARGET] in {each['l']} is {each['target']}"
+        prompt = marked(each["prompt"], {data.TARGET: "target"})
+        prompt = f"<details><summary>its prompt</summary><pre>{prompt}</pre></details>"
+        page += f"<div>{results_table(caption, each)}{prompt}</div>"
+    return page + "</div>"
+
+
+def results_table(caption, results):
+    """HTML of the answers of a group, with what they earned."""
+    table = f"<table><caption>{html.escape(caption)}</caption>"
+    table += "<tr><td>answer<td>exact match<td>reward<td>advantage"
+    columns = [results[name] for name in ("answers", "exact_match", "rewards", "advantages")]
+    for answer, right, reward, advantage in zip(*columns):
+        answer = html.escape((rewards.extract_boxed(answer or "") or answer or "none")[:200])
+        table += f"<tr><td>{answer}<td>{right:.2f}<td>{reward:.2f}<td>{advantage:+.2f}"
+    return table + "</table>"
+
+
+def changed(before, after):
+    """HTML of a memory, with what it adds to the one before and what it drops of it marked."""
+    old, new = (re.findall(r"[^\s。、，；]*[\s。、，；]+|\S+", text) for text in (before, after))
+    words = [[word.strip() for word in text] for text in (old, new)]
+    page = ""
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        gone, come = marked("".join(old[a:b]).strip()), marked("".join(new[c:d]))
+        page += come if kind == "equal" else f"<del>{gone}</del><ins>{come}</ins>"
+    return page
+
+
+def marked(text, names=None):
+    """HTML of a text, with [MASK] and the names {name: class} marked where they stand."""
+    names = {data.MASK: "mask"} | (names or {})
+    names.pop("", None)
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    page = ""
+    for part in re.split(rf"(?<!\w)({known})(?!\w)", text):
+        escaped = html.escape(part)
+        page += f'<mark class="{names[part]}">{escaped}</mark>' if part in names else escaped
+    return page
+
+
+# ------------------------------------------------------------------------------------ forgetting
+
+
+NO_MEMORY = -1  # the age of a recall that is asked with the first, empty memory
+
+
+def forgetting(args):
+    """Recall exact match by age: how many turns ago the section was read that hides the entity.
+
+    Of every section of a held-out document an entity that stands nowhere else is hidden, and asked
+    for with the memory right after that section (age 0), and with those a turns later. All answers
+    to a recall are drawn with the same noise, so that only another memory can change them; those
+    that are right with no memory at all are guesses or known facts.
+      recall     right at this age, of all
+      known      right with no memory
+      capture    right at age 0, of those not known
+      retention  right at this age, of the captured
+    Means over documents of a document's share, with 95 % intervals; n: documents. Age a needs a
+    more sections behind one, so that larger ages are about earlier sections: compare models at an
+    age, not ages of `recall`.
+    """
+    cfg = config_of(args)
+    if args.png:
+        open_pyplot()  # or say now that it is missing
+    rows = heldout_documents(cfg)
+    setup, policy = open_model(args, cfg)
+    train.check_budget(setup, rows, policy.lm)
+
+    # this rank's documents, a batch at a time
+    mine = range(distributed.rank(), len(rows), distributed.world_size())
+    recalls = []
+    bar = tqdm(total=len(rows), desc="documents", disable=distributed.rank() > 0)
+    with torch.no_grad(), gathered(policy):
+        for first in range(0, len(mine), args.batch):
+            batch = {number: rows[number] for number in mine[first : first + args.batch]}
+            recalls += recalls_by_age(setup, batch)
+            bar.update(len(batch) * distributed.world_size())
+    bar.close()
+
+    recalls = [recall for rank in all_gather(recalls) for recall in rank]
+    if not recalls:
+        raise InputError(f"{' '.join(cfg.data)}: no entity stands in one section alone")
+    table = forgetting_table(recalls)
+    rows = {}
+    for name, by_age in table.items():
+        for age, (*score, n) in by_age.items():
+            rows[f"{name}, age {age}" if name in ("recall", "retention") else name] = {
+                "n": n,
+                "em": score,
+            }
+    print_table(rows)
+    record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "forgetting": table}
+    write_json(args.out, record)
+    if args.png and distributed.rank() == 0:
+        draw(forgetting_series(table, cfg.model), args.png)
+
+
+def recalls_by_age(setup, rows):
+    """Reads documents {number: row} and asks for an entity of each section at every age.
+    -> list of (document, {age: EM}), with the age NO_MEMORY for the first, empty memory"""
+    cfg, prompts = setup.cfg, setup.prompts
+    setup = setup._replace(cfg=dataclasses.replace(cfg, group=1))
+
+    # read; draw an entity of every section
+    readers, drawn = {}, {}
+    for number, row in rows.items():
+        row = {**row, "text": prompts.clean(row["text"])}
+        chunks = train.cut(setup, row["text"])
+        problem = prompts.encode(row["question"]) if row.get("question") else prompts.problem
+        (readers[number],) = train.make_readers(setup, problem, chunks, ("heldout", number))
+        for turn, chunk in enumerate(chunks, 1):
+            rng = random.Random(f"forgetting {cfg.seed} {number} {turn}")
+            only = {**row, "entities": entities_of(row, chunk)}
+            recall = data.draw_recall(only, [chunk], prompts.tokenizer, cfg.chunk_tokens, rng)
+            if recall:
+                drawn[number, turn] = recall
+    rollout(list(readers.values()), setup.sampler)
+
+    # ask with no memory, then age by age
+    found = {place: {} for place in drawn}
+    most = max(len(reader.chunks) for reader in readers.values())
+    for age in (NO_MEMORY, *ages(most)):
+        agents = {}
+        for (number, turn), recall in drawn.items():
+            memories = readers[number].memories
+            at = 0 if age == NO_MEMORY else turn + age
+            if at < len(memories):
+                key = ("forgetting", number, turn)  # the same noise at every age
+                agent = Recaller(prompts, memories[at], recall.ids, cfg.answer_tokens, key)
+                agents[number, turn] = agent
+        rollout(list(agents.values()), setup.sampler)
+        for place, agent in agents.items():
+            answer = rewards.extract_boxed(agent.answer)
+            found[place][age] = rewards.exact_match(answer, [drawn[place].target])
+    return [(number, right) for (number, _), right in found.items()]
+
+
+def entities_of(row, chunk):
+    """Spans of the entities that stand in this chunk of a document and nowhere else in it."""
+    text, spans = row["text"], []
+    for start, end in row["entities"]:
+        if chunk.start <= start and end <= chunk.end:
+            places = data.occurrences(text, text[start:end])
+            if places and chunk.start <= places[0] and places[-1] < chunk.end:
+                spans.append([start, end])
+    return spans
+
+
+def ages(turns):
+    """The ages that are measured in documents of that many turns: all up to 8, then doubling.
+
+    >>> ages(40)
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+    """
+    return [age for age in range(turns) if age <= 8 or age & (age - 1) == 0]
+
+
+def forgetting_table(recalls):
+    """(document, {age: EM}) of every recall -> {name: {age: [mean, low, high, n]}}"""
+    scores = {}  # (name, age) -> {document: [EM, ..]}
+    for document, right in recalls:
+        rows = {("no memory", 0): right[NO_MEMORY]}
+        rows |= {("recall", age): em for age, em in right.items() if age != NO_MEMORY}
+        if not right[NO_MEMORY]:
+            rows["capture", 0] = right[0]
+        if not right[NO_MEMORY] and right[0]:
+            rows |= {("retention", age): em for age, em in right.items() if age > 0}
+        for key, em in rows.items():
+            scores.setdefault(key, {}).setdefault(document, []).append(em)
+
+    # recalls of one document are not independent: they are averaged first
+    table = {"no memory": {}, "capture": {}, "recall": {}, "retention": {}}
+    for name, age in sorted(scores):
+        table[name][age] = list(train.interval(list(map(train.mean, scores[name, age].values()))))
+    return table
+
+
+# ---------------------------------------------------------------------------------------- curves
+# What is drawn is a list of series: (panel, label, {x: y, or [mean, low, high]}), where a panel is
+# what stands at its (x, y).
+
+METRICS = {  # of every step
+    "em": "exact match of the answers (dots: held-out)",
+    "imr": "exact match of the recalls (dots: held-out)",
+    "R_E": "reward of a trajectory",
+    "kl": "KL to the reference, per token",
+    "len": "tokens of a response",
+}
+HELDOUT = {"trajectory": METRICS["em"], "recall": METRICS["imr"]}
+
+
 def curves(args):
-    """One picture: exact match of runs by step, and of longqa tables by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for path in map(Path, args.runs):
+    """One picture: what runs did by step, longqa tables by length, forgetting tables by age."""
+    series = []
+    for path in map(Path, args.inputs):
         if path.is_dir():
-            # a line of the training batches, dots of the held-out rows
-            lines = train.read_metrics(path)
-            em = {line["step"]: line["em"] for line in lines if "em" in line}
-            (line,) = left.plot(em.keys(), em.values(), alpha=0.4)
-            looks = {line["step"]: line["heldout"] for line in lines if "heldout" in line}
-            scores = {step: look["trajectory"][:3] for step, look in looks.items()}
-            dots(left, scores, path.name, line.get_color())
+            series += run_series(path)
+            continue
+        record = json.loads(path.read_text())
+        rows = [row for row in record.get("table", {}).values() if "document_tokens" in row]
+        lengths = {row["document_tokens"]: row["em"] for row in rows}
+        if lengths:
+            series.append((("tokens of the document", "exact match"), path.stem, lengths))
+        elif "forgetting" in record:
+            series += forgetting_series(record["forgetting"], path.stem)
         else:
-            # a dot for every length
-            table = json.loads(path.read_text()).get("table", {})
-            rows = [row for row in table.values() if "document_tokens" in row]
-            scores = {row["document_tokens"]: row["em"] for row in rows}
-            if not scores:
-                raise InputError(f"{path}: not a table that eval.py longqa wrote")
-            dots(right, scores, path.stem)
+            raise InputError(f"{path}: not a table that eval.py longqa or forgetting wrote")
+    draw(series, args.out)
 
-    left.set(xlabel="step", ylabel="exact match (line: training, dots: held-out)", ylim=(0, 1))
-    right.set(xlabel="tokens of the document", ylabel="exact match", xscale="log", ylim=(0, 1))
-    for axes in (left, right):
-        if axes.has_data():
-            axes.legend()
+
+def run_series(run):
+    """Lines of a run's metrics by step, dots of its looks at held-out rows."""
+    lines, looks, series = train.read_metrics(run), {}, []
+    for name, title in METRICS.items():
+        values = {line["step"]: line[name] for line in lines if name in line}
+        if values:
+            series.append((("step", title), run.name, values))
+    for line in lines:
+        for kind, row in line.get("heldout", {}).items():
+            looks.setdefault(kind, {})[line["step"]] = row[:3]
+    for kind, scores in looks.items():
+        title = HELDOUT.get(kind, f"exact match, held-out {kind}")
+        series.append((("step", title), run.name, scores))
+    return series
+
+
+def forgetting_series(table, label):
+    """Recall by age; then capture, a dot at age 0, and retention."""
+    both = "exact match: captured (age 0), retained"
+    panels = {"recall": "exact match of recalls", "capture": both, "retention": both}
+    series = []
+    for name, title in panels.items():
+        scores = {int(age): row[:3] for age, row in table[name].items()}
+        if scores:
+            series.append((("age: turns since the section", title), label, scores))
+    return series
+
+
+def draw(series, out):
+    """A picture with a grid of panels, one colour a label."""
+    pyplot = open_pyplot()
+    panels = list(dict.fromkeys(panel for panel, _, _ in series))
+    labels = list(dict.fromkeys(label for _, label, _ in series))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(5.2 * columns, 3.7 * rows), squeeze=False
+    )
+    for axes, (x, y) in zip(grid.flat, panels):
+        axes.set(xlabel=x, title=y, xscale="log" if x.startswith("tokens") else "linear")
+        if y.startswith("exact match"):
+            axes.set(ylim=(0, 1.02))
+        if x.startswith("age"):
+            axes.locator_params("x", integer=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+
+    for panel, label, values in series:
+        axes, color = grid.flat[panels.index(panel)], f"C{labels.index(label)}"
+        if isinstance(next(iter(values.values())), list):
+            dots(axes, values, label, color)
+        else:
+            axes.plot(list(values), list(values.values()), alpha=0.5, color=color, label=label)
+    for axes in grid.flat[: len(panels)]:
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
+        axes.legend(handles.values(), handles.keys(), fontsize="small")
     figure.tight_layout()
-    figure.savefig(args.out, dpi=150)
-    print(args.out)
+    figure.savefig(out, dpi=150)
+    print(out)
 
 
-def dots(axes, scores, label, color=None):
+def dots(axes, scores, label, color):
     """Draws {x: [mean, low, high]}."""
-    mean, low, high = np.array(list(scores.values())).reshape(-1, 3).T
+    mean, low, high = np.array(list(scores.values())).T
     errors = [mean - low, high - mean]
     axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+
+
+def open_pyplot():
+    """matplotlib is optional. DataError where it is missing."""
+    with data.explained("a picture needs matplotlib: pip install matplotlib", ImportError):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    return pyplot
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+class Command(NamedTuple):
+    run: object  # args -> what it prints and writes
+    task: str  # of train.py, whose settings it takes
+    needs: tuple  # flags, or words for the inputs
+
+
+COMMANDS = {
+    "memtrain": Command(memtrain, "memtrain", ("--model",)),
+    "longqa": Command(questions, "longqa", ("--model", "--out")),
+    "searchqa": Command(questions, "searchqa", ("--model", "--out")),
+    "filter": Command(questions, "longqa", ("--model", "--data", "--out")),
+    "ask": Command(ask, "longqa", ("--model", "--document", "a question")),
+    "view": Command(view, None, ("a run", "--out")),
+    "forgetting": Command(forgetting, "memtrain", ("--model", "--out")),
+    "curves": Command(curves, None, ("runs", "--out")),
+}
 
 
 @distributed.one_line_errors(data.DataError)
 def main(argv=None):
     args = parse(argv)
-    command = {"memtrain": memtrain, "curves": curves}.get(args.command, questions)
-    command(args)
+    COMMANDS[args.command].run(args)
 
 
 if __name__ == "__main__":

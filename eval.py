@@ -165,7 +165,8 @@ def make_agent(args, setup, row, key, context):
     if args.mode == "full_context":
         document = list(itertools.chain(*chunks))
         return WholeReader(prompts, problem, document, context, cfg.answer_tokens, key)
-    return Reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
+    reader = ShownReader if args.command == "ask" and not args.quiet else Reader
+    return reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
 
 
 def record_of(agent, row):
@@ -381,72 +382,61 @@ def write_questions(out, sets, records):
 
 
 class ShownReader(Reader):
-    """A Reader that shows its memories as it writes them: show(number of the section, text)."""
+    """A Reader that prints its memories as it writes them; asked: which question it is about."""
 
-    def __init__(self, show, *settings):
-        super().__init__(*settings)
-        self.show = show
+    asked = ""
 
     def receive(self, response_ids):
         super().receive(response_ids)
         if self.answer is None:
-            self.show(len(self.memories) - 1, self.prompts.text(response_ids))
+            turn, memory = len(self.memories) - 1, self.prompts.text(self.memories[-1])
+            place = f"memory after section {turn} of {len(self.chunks)}{self.asked}"
+            print(f"\n--- {place}\n{memory}", flush=True)
 
 
 def ask(args):
-    """Reads a text once for every question, as a memory depends on its question, and answers."""
-    for question in args.inputs:
-        if not question.strip():
-            raise InputError("ask: a question is empty: write it in quotes, as the last argument")
+    """Reads a text and answers questions about it; once for each, as a memory depends on its
+    question. Every rank reads for itself (a model may need several GPUs), the first one shows."""
+    if not all(question.strip() for question in args.inputs):
+        raise InputError('ask: a question is empty; write it in quotes: "who wrote it?"')
     text = read_text(args.document)
     args.data = [args.document]
     cfg = config_of(args)
     setup, policy = open_model(args, cfg)
-    train.check_budget(setup, [{"question": question} for question in args.inputs], policy.lm)
+    rows = []
+    for question in args.inputs:
+        row = {"id": args.document, "question": question, "context": text, "answers": []}
+        rows.append(row)
+    if args.mode == "memory":
+        train.check_budget(setup, rows, policy.lm)
 
-    # every rank reads for itself (a model may need several), rank 0 shows
-    silent = args.quiet or distributed.rank() > 0
-    sections = [chunk.ids for chunk in train.cut(setup, setup.prompts.clean(text))]
-    tokens, most = sum(map(len, sections)), cfg.chunk_tokens
-    if not silent:
-        of = f"{tokens} tokens in {len(sections)} sections of at most {most}"
-        passes = len(args.inputs) if args.mode == "memory" else 0
-        print(f"{args.document}: {of}" + (f", read {passes} times" if passes > 1 else ""))
+    # how much there is to read
+    args.quiet = args.quiet or distributed.rank() > 0
+    sizes = [len(chunk.ids) for chunk in train.cut(setup, setup.prompts.clean(text))]
+    if not args.quiet:
+        often = f", read {len(rows)} times: a memory depends on its question"
+        pieces = f"{sum(sizes)} tokens, {len(sizes)} sections of at most {cfg.chunk_tokens}"
+        print(f"{args.document}: {pieces}{often if len(rows) > 1 else ''}")
+
+    # read and answer
     agents = []
-    with tqdm(total=len(sections), desc="sections", disable=silent or None) as bar:
-        for number, question in enumerate(args.inputs):
-            agents.append(asked(args, setup, policy, sections, number, question, bar))
-        with torch.no_grad(), gathered(policy):
-            rollout(agents, setup.sampler)
-
+    context = policy.lm.config.get_text_config().max_position_embeddings
+    for number, row in enumerate(rows):
+        agents.append(make_agent(args, setup, row, ("ask", number), context))
+        agents[-1].asked = f", for question {number + 1}" if len(rows) > 1 else ""
+    with torch.no_grad(), gathered(policy):
+        rollout(agents, setup.sampler)
     if distributed.rank() == 0:
         print_answers(args, agents)
-        if args.html:
-            write_asked(args, setup, agents, text)
-
-
-def asked(args, setup, policy, sections, number, question, bar):
-    """The agent that answers one of the questions, and shows its memories."""
-    cfg, prompts, key = setup.cfg, setup.prompts, ("ask", number)
-    problem = prompts.encode(question)
-    if args.mode == "full_context":
-        context = policy.lm.config.get_text_config().max_position_embeddings
-        whole = list(itertools.chain(*sections))
-        return WholeReader(prompts, problem, whole, context, cfg.answer_tokens, key)
-
-    def show(section, memory):
-        bar.update(section - bar.n)
-        if not args.quiet and distributed.rank() == 0:
-            of = f" for question {number + 1}" if len(args.inputs) > 1 else ""
-            tqdm.write(f"\n--- memory after section {section} of {len(sections)}{of}\n{memory}")
-            sys.stdout.flush()
-
-    sizes = cfg.memory_tokens, cfg.answer_tokens
-    return ShownReader(show, prompts, problem, sections, *sizes, key)
+    if args.html and distributed.rank() == 0:
+        groups = [train.Group("trajectory", 0, [agent], [], []) for agent in agents]
+        pairs = zip(groups, rows)
+        records = [train.transcript(setup, [group], None, 0, row) for group, row in pairs]
+        write_page(args.html, f"{args.model}: {args.document}", records)
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or of what comes in (-). InputError where it is none."""
+    """The text of a file in UTF-8, or of what comes in (-). InputError where there is none."""
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = content.decode("utf-8-sig")
@@ -457,10 +447,8 @@ def read_text(path):
             f"--document {path}: byte {error.start} is not UTF-8: a text is wanted, .txt or .md; "
             "convert it first"
         ) from None
-    if "\0" in text:
-        raise InputError(f"--document {path}: holds zero bytes: a text is wanted, .txt or .md")
-    if not text.strip():
-        raise InputError(f"--document {path}: there is no text in it")
+    if "\0" in text or not text.strip():
+        raise InputError(f"--document {path}: holds no text: a .txt or .md is wanted")
     return text
 
 
@@ -472,20 +460,10 @@ def print_answers(args, agents):
             print(" ".join(answer.split()))
             continue
         if isinstance(agent, WholeReader) and agent.document_cut:
-            print("note: the document outgrows the model's context: its middle was left out")
+            print("note: the text outgrows the model's context, its middle was left out")
         if agent.turns[-1].truncated:
             print("note: --answer_tokens cut the answer")
         print(f"\nquestion: {question}\nanswer:   {answer}")
-
-
-def write_asked(args, setup, agents, text):
-    """The page of `view`, of one document and the questions asked."""
-    records = []
-    for agent, question in zip(agents, args.inputs):
-        row = {"id": args.document, "question": question, "context": text, "answers": []}
-        group = train.Group("trajectory", 0, [agent], [], [])
-        records.append(train.transcript(setup, [group], None, 0, row))
-    write_page(args.html, f"{args.model}: {args.document}", records)
 
 
 # ------------------------------------------------------------------------------------------ view
@@ -496,19 +474,20 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s<
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em 3em }
 article { display: none } article:target { display: block }
 body:not(:has(:target)) article:first-of-type { display: block }
-h2, td, pre { unicode-bidi: plaintext; overflow-wrap: anywhere } h2 { font-size: 1.2em }
+h2, td, pre { unicode-bidi: plaintext } h2, pre, td:first-child { overflow-wrap: anywhere }
 h4 { margin: 0; color: #555; font-weight: 500 } nav, table { margin: .7em 0; line-height: 1.7 }
 pre { font: inherit; margin: .2em 0; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
 .turn { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; border-top: 1px solid #bbb }
 .turn > * { min-width: 0; padding: .4em 0 }
-.recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(18em, 1fr)); gap: 0 2em }
+.recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(22em, 1fr)); gap: 0 2em }
 caption { text-align: start; font-weight: 600 } table { border-collapse: collapse; width: 100%% }
-td { border-top: 1px solid #ccc; padding-right: .6em; text-align: start }
+td { border-top: 1px solid #ccc; text-align: start } td:first-child { min-width: 6em }
 mark, ins, del { border-radius: 3px; print-color-adjust: exact } mark { background: #fd6 }
 .gold { background: #dbf } .target { background: #adf } ins { background: #cec }
 del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
 @media (max-width: 45em) { .turn, .recalls { grid-template-columns: 1fr } }
-@media print { nav { display: none } pre { max-height: none } body { font-size: 10px } }
+@media print { nav { display: none } pre { max-height: none } body { font-size: 10px }
+  table { break-inside: avoid } }
 </style><h1>%(title)s</h1><p><mark>[MASK]</mark> is asked for at the end,
 <mark class="target">this</mark> in a recall, <mark class="gold">this</mark> is a right answer; in a
 memory: <ins>added</ins>, <del>dropped</del>.</p><nav>%(links)s</nav>%(articles)s</html>
@@ -521,7 +500,7 @@ def view(args):
     path = path / "samples.jsonl" if path.is_dir() else path
     records = [row for _, row in data.read_rows(str(path))] if path.exists() else []
     if not records or not all("advantages" in record for record in records):
-        raise InputError(f"{path}: no transcripts of train.py: name the folder of a run")
+        raise InputError(f"{path}: no transcripts of this train.py; name the folder of a run")
     write_page(args.out, args.inputs[0], records[:: -(-len(records) // VIEWED)])
     print(f"{args.out}: of {len(records)} transcripts at most {VIEWED}, evenly spread")
 
@@ -553,20 +532,20 @@ def article(record):
     for turn, seen in enumerate(sections or record["prompts"], 1):
         targets = [each["target"] for each in record["recalls"] if each["l"] == turn]
         seen = marked(seen, dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target"))
-        page += f'<div class="turn"><div><h4>{turn}: read</h4><pre>{seen}</pre></div>'
+        page += f'<div class="turn"><div><h4>section {turn}</h4><pre>{seen}</pre></div>'
         if turn <= len(memories):
             memory = changed(memories[turn - 2] if turn > 1 else "", memories[turn - 1])
-            page += f"<div><h4>written</h4><pre>{memory or '(nothing)'}</pre></div>"
+            page += f"<div><h4>memory {turn}</h4><pre>{memory or '(nothing)'}</pre></div>"
         page += "</div>"
     page += f'<div class="turn"><div><h4>answer</h4><pre>{html.escape(answer)}</pre></div></div>'
 
     # what it all earned
     if record["rewards"]:
-        page += results_table("trajectories; the first is the one above", record)
+        page += results_table("trajectories: the one above, and its group", record)
     page += '<div class="recalls">'
     for each in record["recalls"]:
-        where = f"trajectory {each['trajectory'] + 1}, memory after {each['k']}"
-        caption = f"recall: {where}, [TARGET] in {each['l']} is {each['target']}"
+        where = f"section {each['l']}, asked of memory {each['k']}"
+        caption = f"recall of trajectory {each['trajectory'] + 1}: {each['target']} of {where}"
         prompt = marked(each["prompt"], {data.TARGET: "target"})
         prompt = f"<details><summary>its prompt</summary><pre>{prompt}</pre></details>"
         page += f"<div>{results_table(caption, each)}{prompt}</div>"
@@ -609,24 +588,22 @@ def marked(text, names=None):
 
 # ------------------------------------------------------------------------------------ forgetting
 
-
 NO_MEMORY = -1  # the age of a recall that is asked with the first, empty memory
 
 
 def forgetting(args):
-    """Recall exact match by age: how many turns ago the section was read that hides the entity.
+    """Recall by age: how many turns ago the section was read in which the entity is hidden.
 
-    Of every section of a held-out document an entity that stands nowhere else is hidden, and asked
-    for with the memory right after that section (age 0), and with those a turns later. All answers
-    to a recall are drawn with the same noise, so that only another memory can change them; those
-    that are right with no memory at all are guesses or known facts.
-      recall     right at this age, of all
-      known      right with no memory
-      capture    right at age 0, of those not known
-      retention  right at this age, of the captured
-    Means over documents of a document's share, with 95 % intervals; n: documents. Age a needs a
-    more sections behind one, so that larger ages are about earlier sections: compare models at an
-    age, not ages of `recall`.
+    Of every section of a held-out document one entity that stands nowhere else is asked for, with
+    the memory right after the section (age 0) and with those a turns later. All answers to it are
+    drawn with the same noise, so that only another memory can change them.
+      recall     exact match at this age
+      no memory  exact match with the first, empty memory: guesses, and what the model knew before
+      capture    exact match at age 0, of the entities that no memory was right about
+      retention  exact match at this age, of the captured ones
+    Each is a mean over documents of a document's share, with a 95 % interval and the number of
+    documents. Age a needs a more sections behind one, so that large ages are about early sections:
+    compare models at an age, rather than ages.
     """
     cfg = config_of(args)
     if args.png:
@@ -653,10 +630,7 @@ def forgetting(args):
     rows = {}
     for name, by_age in table.items():
         for age, (*score, n) in by_age.items():
-            rows[f"{name}, age {age}" if name in ("recall", "retention") else name] = {
-                "n": n,
-                "em": score,
-            }
+            rows.setdefault(f"age {age}", {}).update({name: score, f"n ({name})": n})
     print_table(rows)
     record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "forgetting": table}
     write_json(args.out, record)
@@ -738,9 +712,10 @@ def forgetting_table(recalls):
             scores.setdefault(key, {}).setdefault(document, []).append(em)
 
     # recalls of one document are not independent: they are averaged first
-    table = {"no memory": {}, "capture": {}, "recall": {}, "retention": {}}
+    table = {"recall": {}, "no memory": {}, "capture": {}, "retention": {}}
     for name, age in sorted(scores):
-        table[name][age] = list(train.interval(list(map(train.mean, scores[name, age].values()))))
+        shares = [train.mean(each) for each in scores[name, age].values()]
+        table[name][age] = list(train.interval(shares))
     return table
 
 
@@ -765,7 +740,10 @@ def curves(args):
         if path.is_dir():
             series += run_series(path)
             continue
-        record = json.loads(path.read_text())
+        other = f"{path}: not a table that eval.py longqa or forgetting wrote"
+        with data.explained(other, ValueError):  # not JSON, or not even text
+            record = json.loads(path.read_text())
+        record = record if isinstance(record, dict) else {}
         rows = [row for row in record.get("table", {}).values() if "document_tokens" in row]
         lengths = {row["document_tokens"]: row["em"] for row in rows}
         if lengths:
@@ -773,7 +751,7 @@ def curves(args):
         elif "forgetting" in record:
             series += forgetting_series(record["forgetting"], path.stem)
         else:
-            raise InputError(f"{path}: not a table that eval.py longqa or forgetting wrote")
+            raise InputError(other)
     draw(series, args.out)
 
 
@@ -796,7 +774,7 @@ def run_series(run):
 def forgetting_series(table, label):
     """Recall by age; then capture, a dot at age 0, and retention."""
     both = "exact match: captured (age 0), retained"
-    panels = {"recall": "exact match of recalls", "capture": both, "retention": both}
+    panels = {"recall": "exact match of recalls, by age", "capture": both, "retention": both}
     series = []
     for name, title in panels.items():
         scores = {int(age): row[:3] for age, row in table[name].items()}
@@ -807,6 +785,8 @@ def forgetting_series(table, label):
 
 def draw(series, out):
     """A picture with a grid of panels, one colour a label."""
+    if not series:
+        raise InputError(f"{out}: nothing to draw yet: no step is done")
     pyplot = open_pyplot()
     panels = list(dict.fromkeys(panel for panel, _, _ in series))
     labels = list(dict.fromkeys(label for _, label, _ in series))

@@ -478,7 +478,7 @@ h2, td, pre { unicode-bidi: plaintext } h2, pre, td:first-child { overflow-wrap:
 h4 { margin: 0; color: #555; font-weight: 500 } nav, table { margin: .7em 0; line-height: 1.7 }
 pre { font: inherit; margin: .2em 0; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
 .turn { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; border-top: 1px solid #bbb }
-.turn > * { min-width: 0; padding: .4em 0 }
+.turn > * { min-width: 0; padding: .4em 0 } a { white-space: nowrap }
 .recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(22em, 1fr)); gap: 0 2em }
 caption { text-align: start; font-weight: 600 } table { border-collapse: collapse; width: 100%% }
 td { border-top: 1px solid #ccc; text-align: start } td:first-child { min-width: 6em }
@@ -501,8 +501,9 @@ def view(args):
     records = [row for _, row in data.read_rows(str(path))] if path.exists() else []
     if not records or not all("advantages" in record for record in records):
         raise InputError(f"{path}: no transcripts of this train.py; name the folder of a run")
-    write_page(args.out, args.inputs[0], records[:: -(-len(records) // VIEWED)])
-    print(f"{args.out}: of {len(records)} transcripts at most {VIEWED}, evenly spread")
+    places = np.linspace(0, len(records) - 1, min(VIEWED, len(records))).astype(int)
+    write_page(args.out, args.inputs[0], [records[i] for i in places])
+    print(f"{args.out}: {len(places)} of {len(records)} transcripts")
 
 
 def write_page(out, title, records):
@@ -513,7 +514,7 @@ def write_page(out, title, records):
         links.append(f'<a href="#t{number}">{name}</a>')
         back = f'<a href="#t{max(number - 1, 0)}">← back</a>'
         on = f'<a href="#t{min(number + 1, len(records) - 1)}">on →</a>'
-        head = f"<nav>{back} <b>{name}</b> {html.escape(str(record['id']))} {on}</nav>"
+        head = f"<nav>{back} <b>{name}</b> <bdi>{html.escape(str(record['id']))}</bdi> {on}</nav>"
         articles.append(f'<article id="t{number}">{head}{article(record)}</article>')
     parts = {"title": html.escape(title), "links": "\n".join(links), "articles": "".join(articles)}
     with data.whole_or_nothing(out) as partial:
@@ -598,6 +599,7 @@ def forgetting(args):
     the memory right after the section (age 0) and with those a turns later. All answers to it are
     drawn with the same noise, so that only another memory can change them.
       recall     exact match at this age
+      written    the entity's name stands in the memory, at this age
       no memory  exact match with the first, empty memory: guesses, and what the model knew before
       capture    exact match at age 0, of the entities that no memory was right about
       retention  exact match at this age, of the captured ones
@@ -630,7 +632,7 @@ def forgetting(args):
     rows = {}
     for name, by_age in table.items():
         for age, (*score, n) in by_age.items():
-            rows.setdefault(f"age {age}", {}).update({name: score, f"n ({name})": n})
+            rows[f"{name}, age {age}"] = {"n": n, "share": score}
     print_table(rows)
     record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "forgetting": table}
     write_json(args.out, record)
@@ -640,7 +642,7 @@ def forgetting(args):
 
 def recalls_by_age(setup, rows):
     """Reads documents {number: row} and asks for an entity of each section at every age.
-    -> list of (document, {age: EM}), with the age NO_MEMORY for the first, empty memory"""
+    -> list of (document, {age: (EM, is the name in the memory)}), NO_MEMORY one of the ages"""
     cfg, prompts = setup.cfg, setup.prompts
     setup = setup._replace(cfg=dataclasses.replace(cfg, group=1))
 
@@ -663,19 +665,20 @@ def recalls_by_age(setup, rows):
     found = {place: {} for place in drawn}
     most = max(len(reader.chunks) for reader in readers.values())
     for age in (NO_MEMORY, *ages(most)):
-        agents = {}
+        agents, held = {}, {}
         for (number, turn), recall in drawn.items():
             memories = readers[number].memories
             at = 0 if age == NO_MEMORY else turn + age
             if at < len(memories):
                 key = ("forgetting", number, turn)  # the same noise at every age
                 agent = Recaller(prompts, memories[at], recall.ids, cfg.answer_tokens, key)
-                agents[number, turn] = agent
+                agents[number, turn], held[number, turn] = agent, prompts.text(memories[at])
         rollout(list(agents.values()), setup.sampler)
         for place, agent in agents.items():
-            answer = rewards.extract_boxed(agent.answer)
-            found[place][age] = rewards.exact_match(answer, [drawn[place].target])
-    return [(number, right) for (number, _), right in found.items()]
+            answer, target = rewards.extract_boxed(agent.answer), drawn[place].target
+            written = float(bool(data.occurrences(held[place], target)))
+            found[place][age] = rewards.exact_match(answer, [target]), written
+    return [(number, by_age) for (number, _), by_age in found.items()]
 
 
 def entities_of(row, chunk):
@@ -699,20 +702,23 @@ def ages(turns):
 
 
 def forgetting_table(recalls):
-    """(document, {age: EM}) of every recall -> {name: {age: [mean, low, high, n]}}"""
-    scores = {}  # (name, age) -> {document: [EM, ..]}
-    for document, right in recalls:
-        rows = {("no memory", 0): right[NO_MEMORY]}
-        rows |= {("recall", age): em for age, em in right.items() if age != NO_MEMORY}
-        if not right[NO_MEMORY]:
-            rows["capture", 0] = right[0]
-        if not right[NO_MEMORY] and right[0]:
-            rows |= {("retention", age): em for age, em in right.items() if age > 0}
-        for key, em in rows.items():
-            scores.setdefault(key, {}).setdefault(document, []).append(em)
+    """What recalls_by_age gives -> {name: {age: [mean, low, high, n]}}"""
+    scores = {}  # (name, age) -> {document: [0 or 1, ..]}
+    for document, by_age in recalls:
+        known, _ = by_age.pop(NO_MEMORY)
+        captured = by_age[0][0] and not known
+        rows = {("no memory", 0): known}
+        if not known:
+            rows["capture", 0] = by_age[0][0]
+        for age, (right, written) in by_age.items():
+            rows |= {("recall", age): right, ("written", age): written}
+            if captured and age > 0:
+                rows["retention", age] = right
+        for key, score in rows.items():
+            scores.setdefault(key, {}).setdefault(document, []).append(score)
 
     # recalls of one document are not independent: they are averaged first
-    table = {"recall": {}, "no memory": {}, "capture": {}, "retention": {}}
+    table = {"recall": {}, "written": {}, "no memory": {}, "capture": {}, "retention": {}}
     for name, age in sorted(scores):
         shares = [train.mean(each) for each in scores[name, age].values()]
         table[name][age] = list(train.interval(shares))
@@ -772,9 +778,10 @@ def run_series(run):
 
 
 def forgetting_series(table, label):
-    """Recall by age; then capture, a dot at age 0, and retention."""
-    both = "exact match: captured (age 0), retained"
-    panels = {"recall": "exact match of recalls, by age", "capture": both, "retention": both}
+    """Recall by age, the names in memory by age; capture, a dot at age 0, and retention."""
+    both = "share captured (age 0), of these retained"
+    panels = {"recall": "exact match of recalls by age", "written": "share of names in memory"}
+    panels |= {"capture": both, "retention": both}
     series = []
     for name, title in panels.items():
         scores = {int(age): row[:3] for age, row in table[name].items()}
@@ -797,7 +804,7 @@ def draw(series, out):
     )
     for axes, (x, y) in zip(grid.flat, panels):
         axes.set(xlabel=x, title=y, xscale="log" if x.startswith("tokens") else "linear")
-        if y.startswith("exact match"):
+        if y.startswith(("exact match", "share")):
             axes.set(ylim=(0, 1.02))
         if x.startswith("age"):
             axes.locator_params("x", integer=True)

@@ -203,15 +203,13 @@ def test_a_document_that_is_no_text_or_an_empty_question_gets_one_line(
 
 
 def test_the_prompts_sent_as_text_are_what_a_reader_sends_as_ids(tokenizer):
-    """README's loop for a server: templates with their fields replaced, through the chat template."""
+    """The loop for a server: templates with their fields replaced, one message a turn."""
     prompts = Prompts(tokenizer)
     sections = [chunk.ids for chunk in data.chunks("Rome is old.\nOslo is not. " * 9, tokenizer, 40)]
     reader = Reader(prompts, prompts.encode("Which is old?"), sections, 64, 64, (0,))
 
     def as_text(name, **fields):
-        text = rollout.TEMPLATES[name]
-        for field, value in fields.items():
-            text = text.replace("{%s}" % field, value)
+        text = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], rollout.TEMPLATES[name])
         chat = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -298,8 +296,8 @@ def test_of_a_long_run_transcripts_are_spread_evenly_and_the_page_says_so(tmp_pa
     records = [hostile_record() | {"step": 1 + i // 2} for i in range(200)]
     page = written(records, tmp_path)
     steps = list(map(int, re.findall(r'<a href="#t\d+">step (\d+)</a>', page)))
-    assert len(steps) == page.count("<article") <= evaluation.VIEWED and steps[0] == 1 and steps[-1] > 95
-    assert "of 200 transcripts" in capsys.readouterr().out
+    assert len(steps) == page.count("<article") == evaluation.VIEWED and (steps[0], steps[-1]) == (1, 100)
+    assert "48 of 200 transcripts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lines", ["", '{"step": 1, "turns": []}\n', "{"])
@@ -371,6 +369,7 @@ def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_l
     table = forgetting_of(keeps(4), tiny.documents(8, "forgetting"))
     assert means(table, "capture") == {0: 1.0} and means(table, "recall") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
     assert means(table, "retention") == {1: 1.0, 2: 0.0, 3: 0.0}
+    assert means(table, "written") == means(table, "recall")
     assert table["retention"][1][3] == 8  # n: documents
 
 
@@ -400,6 +399,7 @@ def test_what_is_known_without_a_memory_is_no_capture():
 
     table = forgetting_of(knows, documents[:1])
     assert means(table, "no memory") == {0: 1.0} and means(table, "recall")[2] == 1.0
+    assert means(table, "written")[2] == 0.0
     assert table["capture"] == table["retention"] == {}
 
 
@@ -411,14 +411,16 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
 
 
 def test_shares_are_of_documents_and_only_the_captured_are_retained():
-    none = evaluation.NO_MEMORY
-    recalls = [("a", {none: 0.0, 0: 1.0, 1: 0.0}), ("a", {none: 0.0, 0: 1.0, 1: 1.0}), ("a", {none: 0.0, 0: 0.0})]
-    recalls += [("b", {none: 1.0, 0: 1.0, 1: 1.0}), ("b", {none: 0.0, 0: 0.0, 1: 1.0})]
+    none, right, wrong = evaluation.NO_MEMORY, (1.0, 1.0), (0.0, 0.0)
+    recalls = [("a", {none: wrong, 0: right, 1: wrong}), ("a", {none: wrong, 0: right, 1: (1.0, 0.0)})]
+    recalls += [("a", {none: wrong, 0: wrong}), ("b", {none: right, 0: right, 1: right})]
+    recalls += [("b", {none: wrong, 0: wrong, 1: (1.0, 0.0)})]
     table = evaluation.forgetting_table(recalls)
     assert table["no memory"][0] == list(train.interval([0.0, 0.5]))
     assert table["capture"][0] == list(train.interval([2 / 3, 0.0]))
     assert table["retention"] == {1: list(train.interval([0.5]))}
     assert table["recall"][1] == list(train.interval([0.5, 1.0]))
+    assert table["written"][1] == list(train.interval([0.0, 0.5]))
 
 
 def test_the_forgetting_of_two_ranks_is_that_of_one(pocket_model, tmp_path):
@@ -442,7 +444,7 @@ def test_forgetting_is_drawn_alone_and_several_models_side_by_side(scripted, poc
         evaluation.main(["forgetting", *flags, "--png", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     shown = capsys.readouterr().out
-    assert "| age 3 |" in shown and "retention" in shown
+    assert "| recall, age 3 " in shown and "| retention, age 3 " in shown
     tables = [str(tmp_path / name) for name in ("short.json", "long.json")]
     evaluation.main(["curves", *tables, "--out", str(tmp_path / "both.png")])
     assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"

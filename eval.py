@@ -382,15 +382,13 @@ def write_questions(out, sets, records):
 
 
 class ShownReader(Reader):
-    """A Reader that prints its memories as it writes them; asked: which question it is about."""
-
-    asked = ""
+    """A Reader that prints its memories as it writes them. Its key: ("ask", number)."""
 
     def receive(self, response_ids):
         super().receive(response_ids)
         if self.answer is None:
             turn, memory = len(self.memories) - 1, self.prompts.text(self.memories[-1])
-            place = f"memory after section {turn} of {len(self.chunks)}{self.asked}"
+            place = f"question {self.key[1] + 1}, memory after section {turn} of {len(self.chunks)}"
             print(f"\n--- {place}\n{memory}", flush=True)
 
 
@@ -403,6 +401,7 @@ def ask(args):
     args.data = [args.document]
     cfg = config_of(args)
     setup, policy = open_model(args, cfg)
+    args.quiet = args.quiet or distributed.rank() > 0
     rows = []
     for question in args.inputs:
         row = {"id": args.document, "question": question, "context": text, "answers": []}
@@ -411,7 +410,6 @@ def ask(args):
         train.check_budget(setup, rows, policy.lm)
 
     # how much there is to read
-    args.quiet = args.quiet or distributed.rank() > 0
     sizes = [len(chunk.ids) for chunk in train.cut(setup, setup.prompts.clean(text))]
     if not args.quiet:
         often = f", read {len(rows)} times: a memory depends on its question"
@@ -423,15 +421,15 @@ def ask(args):
     context = policy.lm.config.get_text_config().max_position_embeddings
     for number, row in enumerate(rows):
         agents.append(make_agent(args, setup, row, ("ask", number), context))
-        agents[-1].asked = f", for question {number + 1}" if len(rows) > 1 else ""
     with torch.no_grad(), gathered(policy):
         rollout(agents, setup.sampler)
     if distributed.rank() == 0:
         print_answers(args, agents)
     if args.html and distributed.rank() == 0:
-        groups = [train.Group("trajectory", 0, [agent], [], []) for agent in agents]
-        pairs = zip(groups, rows)
-        records = [train.transcript(setup, [group], None, 0, row) for group, row in pairs]
+        records = []
+        for agent, row in zip(agents, rows):
+            group = train.Group("trajectory", 0, [agent], [], [])
+            records.append(train.transcript(setup, [group], None, 0, row))
         write_page(args.html, f"{args.model}: {args.document}", records)
 
 
@@ -705,14 +703,14 @@ def forgetting_table(recalls):
     """What recalls_by_age gives -> {name: {age: [mean, low, high, n]}}"""
     scores = {}  # (name, age) -> {document: [0 or 1, ..]}
     for document, by_age in recalls:
-        known, _ = by_age.pop(NO_MEMORY)
-        captured = by_age[0][0] and not known
+        known, captured = by_age[NO_MEMORY][0], by_age[0][0]
         rows = {("no memory", 0): known}
         if not known:
-            rows["capture", 0] = by_age[0][0]
+            rows["capture", 0] = captured
         for age, (right, written) in by_age.items():
-            rows |= {("recall", age): right, ("written", age): written}
-            if captured and age > 0:
+            if age >= 0:
+                rows |= {("recall", age): right, ("written", age): written}
+            if age > 0 and captured and not known:
                 rows["retention", age] = right
         for key, score in rows.items():
             scores.setdefault(key, {}).setdefault(document, []).append(score)

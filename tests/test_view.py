@@ -146,8 +146,8 @@ def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
     evaluation.main(["ask", *flags, "Dan wears what ?", "Ada likes what ?"])
     shown = capsys.readouterr().out
     assert "18 tokens, 3 sections of at most 6, read 2 times: a memory depends on its question" in shown
-    memories = re.findall(r"--- memory after section (\d) of 3, for question (\d)\n(.*)\n", shown)
-    assert [place[:2] for place in memories] == [(s, q) for s in "123" for q in "12"]
+    memories = re.findall(r"--- question (\d), memory after section (\d) of 3\n(.*)\n", shown)
+    assert [place[:2] for place in memories] == [(question, section) for section in "123" for question in "12"]
     assert memories[0][2] == "Ada likes tea Ben owns cat" and memories[4][2].endswith("Finn owns dog")
     assert "question: Dan wears what ?\nanswer:   hat\n" in shown
     assert "question: Ada likes what ?\nanswer:   \\boxed{ }\n" in shown  # dropped by then
@@ -177,7 +177,7 @@ def test_ask_reads_what_comes_in_with_a_model_of_transformers(flags, pocket_mode
         assert len(shown.splitlines()) == 1
     else:
         assert "-: 18 tokens, 3 sections of at most 6\n" in shown and "\nanswer: " in shown
-        assert shown.count("--- memory") == (0 if flags else 3)
+        assert shown.count("--- question 1, memory") == (0 if flags else 3)
 
 
 @pytest.mark.parametrize("content, question, words", [

@@ -67,7 +67,12 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
     add("command", choices=list(COMMANDS))
-    add("inputs", nargs="*", help="runs and tables (curves), a run (view), questions (ask)")
+    add(
+        "inputs",
+        nargs="*",
+        default=[],
+        help="runs and tables (curves), a run (view), questions (ask)",
+    )
     add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
     add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
     add("--document", help="a text in UTF-8; - is what comes in (ask)")
@@ -528,10 +533,11 @@ def article(record):
     # a row for every turn
     sections = [record["document"][a:b] for a, b in record.get("sections", [])]
     *memories, answer = record["turns"]
+    what = "section" if sections else "prompt"
     for turn, seen in enumerate(sections or record["prompts"], 1):
         targets = [each["target"] for each in record["recalls"] if each["l"] == turn]
         seen = marked(seen, dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target"))
-        page += f'<div class="turn"><div><h4>section {turn}</h4><pre>{seen}</pre></div>'
+        page += f'<div class="turn"><div><h4>{what} {turn}</h4><pre>{seen}</pre></div>'
         if turn <= len(memories):
             memory = changed(memories[turn - 2] if turn > 1 else "", memories[turn - 1])
             page += f"<div><h4>memory {turn}</h4><pre>{memory or '(nothing)'}</pre></div>"

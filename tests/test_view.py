@@ -108,6 +108,8 @@ def test_a_search_is_transcribed_with_what_every_turn_saw():
     record = train.transcript(setup, groups, 1, 0, row)
     assert len(record["prompts"]) == len(record["turns"]) == 1 and row["question"] in record["prompts"][0]
     assert record["golds"] == [["tea"]] and record["exact_match"][0] == 1.0 and "document" not in record
+    page = evaluation.article(record)
+    assert "<h4>prompt 1</h4>" in page and "<h4>section 1</h4>" not in page
 
 
 def test_a_lone_surrogate_in_a_document_or_an_answer_ends_no_transcript(tmp_path):

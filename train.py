@@ -10,8 +10,8 @@ The loop is `train`, at the end of this file: documents of the step -> rollout o
 -> advantages per trajectory -> every turn one training sequence -> clipped loss -> step. A task is
 a function (setup, rows, step) -> groups with rewards, in the table TASKS.
 
-A run leaves in --out: config.json, metrics.jsonl, samples.jsonl and step-NNNNNN/ (a Hugging Face
-checkpoint with the trainer's state inside).
+A run leaves in --out: config.json, metrics.jsonl, samples.jsonl (its fields: `transcript`) and
+step-NNNNNN/ (a Hugging Face checkpoint with the trainer's state inside).
 """
 
 import argparse

@@ -410,6 +410,10 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
     row = {"text": text, "entities": [[0, 4], [9, 13], [15, 19], [24, 30]], "answer": "x"}
     first, second = data.Chunk([], 0, 15), data.Chunk([], 15, len(text))
     assert evaluation.entities_of(row, first) == [[9, 13]] and evaluation.entities_of(row, second) == [[24, 30]]
+    told = "Ada likes tea\nBen owns cat\n" * 2  # two sections that are alike
+    words = [list(word.span()) for word in re.finditer(r"Ada|tea|Ben|cat", told)]
+    again = {"id": "0", "text": told, "entities": words, "answer": "Rhun"}
+    assert evaluation.recalls_by_age(pocket_setup(keeps(4)), {0: again}) == []
 
 
 def test_shares_are_of_documents_and_only_the_captured_are_retained():

@@ -1,10 +1,14 @@
 """Evaluation: MemTrain's tasks on held-out documents, long-text QA by length, search QA by set.
+Looking: questions about a text of one's own, what memories hold, what they forget, curves.
 
     python eval.py memtrain --model runs/memtrain --data DOCS      end-to-end and recall, held out
     python eval.py longqa --model M --data eval_50.json eval_100.json --out FILE.json
     python eval.py longqa --model M --data eval_50.json --mode full_context --out FILE.json
     python eval.py searchqa --model M --data nq=nq.jsonl hp=hp.jsonl --retriever URL --out FILE.json
     python eval.py filter --model M --data FILE --out FILE.jsonl   drops what needs no context
+    python eval.py ask --model M --document FILE "question" ..     reads a text, shows each memory
+    python eval.py view runs/memtrain --out page.html              transcripts of a run, as a page
+    python eval.py forgetting --model M --data DOCS --out FILE.json [--png FILE]   recall by age
     python eval.py curves runs/a runs/b FILE.json --out curves.png
     torchrun --nproc_per_node 8 eval.py ..                         samples divided over ranks
 
@@ -22,11 +26,15 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import difflib
+import html
 import itertools
 import json
+import random
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +45,7 @@ import distributed
 import rewards
 import train
 from distributed import InputError, all_gather, gathered
-from rollout import Asker, Reader, Searcher, rollout
+from rollout import Asker, Reader, Recaller, Searcher, rollout
 
 SCORES = {
     "em": rewards.exact_match,
@@ -59,34 +67,39 @@ def parse(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
-    add("command", choices=("memtrain", "longqa", "searchqa", "filter", "curves"))
-    add("runs", nargs="*", help="folders of runs and tables of longqa (curves)")
+    add("command", choices=list(COMMANDS))
+    add(
+        "inputs",
+        nargs="*",
+        default=[],
+        help="runs and tables (curves), a run (view), questions (ask)",
+    )
     add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
     add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
-    add("--out", help="the table as JSON; the questions left (filter); the picture (curves)")
-    add("--mode", choices=("memory", "full_context"), default="memory", help="of reading (longqa)")
+    add("--document", help="a text in UTF-8; - is what comes in (ask)")
+    add("--out", help="the table as JSON; questions left (filter); picture (curves); page (view)")
+    add("--quiet", action="store_true", help="print the answers alone (ask)")
+    add("--html", help="the memories and answers as a page (ask)")
+    add("--png", help="the curve as a picture (forgetting)")
+    modes = ("memory", "full_context")
+    add("--mode", choices=modes, default="memory", help="of reading (longqa, ask)")
     add("--greedy", action="store_true", help="temperature 0")
     add("--temperature", type=float, default=0.7, help="[0.7]; memtrain: as in training")
     add("--top_p", type=float, default=0.95, help="[0.95]; memtrain: 1")
     add("--samples", type=int, default=1, help="answers to every question [1]")
     add("--batch", type=int, default=32, help="samples in lock step on a rank [32]")
     train.add_flags(parser, SETTINGS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # questions may stand after flags
 
-    needed = {
-        "memtrain": ["--model"],
-        "filter": ["--model", "--data", "--out"],
-        "curves": ["runs", "--out"],
-    }
-    for name in needed.get(args.command, ["--model", "--out"]):
-        if not getattr(args, name.strip("-")):
+    for name in COMMANDS[args.command].needs:
+        if not (getattr(args, name[2:]) if name.startswith("--") else args.inputs):
             raise InputError(f"{args.command} needs {name}")
     return args
 
 
 def config_of(args):
     """Flags -> train.Config, filled up from the model's memtrain.json."""
-    task = "longqa" if args.command == "filter" else args.command
+    task = COMMANDS[args.command].task
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     given |= {"task": task, "model": args.model, "max_chunks": 10**9}
     if args.data:
@@ -102,7 +115,7 @@ def open_model(args, cfg):
     search = train.open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
     temperature, top_p = args.temperature, args.top_p
-    if args.command == "memtrain":
+    if cfg.task == "memtrain":
         temperature, top_p = cfg.temperature, 1.0
     if args.greedy:
         temperature = 0
@@ -159,7 +172,8 @@ def make_agent(args, setup, row, key, context):
     if args.mode == "full_context":
         document = list(itertools.chain(*chunks))
         return WholeReader(prompts, problem, document, context, cfg.answer_tokens, key)
-    return Reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
+    reader = ShownReader if args.command == "ask" and not args.quiet else Reader
+    return reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
 
 
 def record_of(agent, row):
@@ -303,17 +317,14 @@ def write_json(path, value):
             partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# -------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------- measuring
 
 
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
+    rows = heldout_documents(cfg)
     setup, policy = open_model(args, cfg)
-    rows = []
-    for path in cfg.data:
-        documents = train.heldout_documents(cfg, path)
-        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
     train.check_budget(setup, rows, policy.lm)
     table = {}
     for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():
@@ -321,6 +332,15 @@ def memtrain(args):
     print_table(table)
     if args.out:
         write_json(args.out, table)
+
+
+def heldout_documents(cfg):
+    """The first eval_documents of what --data holds out; of a file, of all its documents."""
+    rows = []
+    for path in cfg.data:
+        documents = train.heldout_documents(cfg, path)
+        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
+    return rows
 
 
 def questions(args):
@@ -396,56 +416,494 @@ def write_questions(out, sets, records):
         print(f"{out}: {len(left)} of {sum(map(len, sets.values()))} questions are left")
 
 
+# ------------------------------------------------------------------------------------------- ask
+
+
+class ShownReader(Reader):
+    """A Reader that prints its memories as it writes them. Its key: ("ask", number)."""
+
+    def receive(self, response_ids):
+        super().receive(response_ids)
+        if self.answer is None:
+            turn, memory = len(self.memories) - 1, self.prompts.text(self.memories[-1])
+            place = f"question {self.key[1] + 1}, memory after section {turn} of {len(self.chunks)}"
+            print(f"\n--- {place}\n{memory}", flush=True)
+
+
+def ask(args):
+    """Reads a text and answers questions about it; once for each, as a memory depends on its
+    question. Every rank reads for itself (a model may need several GPUs), the first one shows."""
+    if not all(question.strip() for question in args.inputs):
+        raise InputError('ask: a question is empty; write it in quotes: "who wrote it?"')
+    text = read_text(args.document)
+    args.data = [args.document]
+    cfg = config_of(args)
+    setup, policy = open_model(args, cfg)
+    args.quiet = args.quiet or distributed.rank() > 0
+    rows = []
+    for question in args.inputs:
+        row = {"id": args.document, "question": question, "context": text, "answers": []}
+        rows.append(row)
+    if args.mode == "memory":
+        train.check_budget(setup, rows, policy.lm)
+
+    # how much there is to read
+    sizes = [len(chunk.ids) for chunk in train.cut(setup, setup.prompts.clean(text))]
+    if not args.quiet:
+        often = f", read {len(rows)} times: a memory depends on its question"
+        pieces = f"{sum(sizes)} tokens, {len(sizes)} sections of at most {cfg.chunk_tokens}"
+        print(f"{args.document}: {pieces}{often if len(rows) > 1 else ''}")
+
+    # read and answer
+    agents = []
+    context = policy.lm.config.get_text_config().max_position_embeddings
+    for number, row in enumerate(rows):
+        agents.append(make_agent(args, setup, row, ("ask", number), context))
+    with torch.no_grad(), gathered(policy):
+        rollout(agents, setup.sampler)
+    if distributed.rank() == 0:
+        print_answers(args, agents)
+    if args.html and distributed.rank() == 0:
+        records = []
+        for agent, row in zip(agents, rows):
+            group = train.Group("trajectory", 0, [agent], [], [])
+            records.append(train.transcript(setup, [group], None, 0, row))
+        write_page(args.html, f"{args.model}: {args.document}", records)
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or of what comes in (-). InputError where there is none."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--document {path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--document {path}: byte {error.start} is not UTF-8: a text is wanted, .txt or .md; "
+            "convert it first"
+        ) from None
+    if "\0" in text or not text.strip():
+        raise InputError(f"--document {path}: holds no text: a .txt or .md is wanted")
+    return text
+
+
+def print_answers(args, agents):
+    """The answers: what is boxed, where anything is. With --quiet nothing else, a line each."""
+    for question, agent in zip(args.inputs, agents):
+        answer = rewards.extract_boxed(agent.answer) or agent.answer.strip()
+        if args.quiet:
+            print(" ".join(answer.split()))
+            continue
+        if isinstance(agent, WholeReader) and agent.document_cut:
+            print("note: the text outgrows the model's context, its middle was left out")
+        if agent.turns[-1].truncated:
+            print("note: --answer_tokens cut the answer")
+        print(f"\nquestion: {question}\nanswer:   {answer}")
+
+
+# ------------------------------------------------------------------------------------------ view
+
+VIEWED = 48  # most transcripts of a page, spread over a longer run
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em 3em }
+article { display: none } article:target { display: block }
+body:not(:has(:target)) article:first-of-type { display: block }
+h2, td, pre { unicode-bidi: plaintext } h2, pre, td:first-child { overflow-wrap: anywhere }
+h4 { margin: 0; color: #555; font-weight: 500 } nav, table { margin: .7em 0; line-height: 1.7 }
+pre { font: inherit; margin: .2em 0; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
+.turn { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; border-top: 1px solid #bbb }
+.turn > * { min-width: 0; padding: .4em 0 } a { white-space: nowrap }
+.recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(22em, 1fr)); gap: 0 2em }
+caption { text-align: start; font-weight: 600 } table { border-collapse: collapse; width: 100%% }
+td { border-top: 1px solid #ccc; text-align: start } td:first-child { min-width: 6em }
+mark, ins, del { border-radius: 3px; print-color-adjust: exact } mark { background: #fd6 }
+.gold { background: #dbf } .target { background: #adf } ins { background: #cec }
+del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
+@media (max-width: 45em) { .turn, .recalls { grid-template-columns: 1fr } }
+@media print { nav { display: none } pre { max-height: none } body { font-size: 10px }
+  table { break-inside: avoid } }
+</style><h1>%(title)s</h1><p><mark>[MASK]</mark> is asked for at the end,
+<mark class="target">this</mark> in a recall, <mark class="gold">this</mark> is a right answer; in a
+memory: <ins>added</ins>, <del>dropped</del>.</p><nav>%(links)s</nav>%(articles)s</html>
+"""
+
+
+def view(args):
+    """The transcripts of a run (its folder, or a file of lines of its samples.jsonl) as a page."""
+    path = Path(args.inputs[0])
+    path = path / "samples.jsonl" if path.is_dir() else path
+    records = [row for _, row in data.read_rows(str(path))] if path.exists() else []
+    if not records or not all("advantages" in record for record in records):
+        raise InputError(f"{path}: no transcripts of this train.py; name the folder of a run")
+    places = np.linspace(0, len(records) - 1, min(VIEWED, len(records))).astype(int)
+    write_page(args.out, args.inputs[0], [records[i] for i in places])
+    print(f"{args.out}: {len(places)} of {len(records)} transcripts")
+
+
+def write_page(out, title, records):
+    """Transcripts as train.transcript makes them -> one HTML file that needs nothing else."""
+    links, articles = [], []
+    for number, record in enumerate(records):
+        name = f"step {record['step']}" if record["step"] else f"question {number + 1}"
+        links.append(f'<a href="#t{number}">{name}</a>')
+        back = f'<a href="#t{max(number - 1, 0)}">← back</a>'
+        on = f'<a href="#t{min(number + 1, len(records) - 1)}">on →</a>'
+        head = f"<nav>{back} <b>{name}</b> <bdi>{html.escape(str(record['id']))}</bdi> {on}</nav>"
+        articles.append(f'<article id="t{number}">{head}{article(record)}</article>')
+    parts = {"title": html.escape(title), "links": "\n".join(links), "articles": "".join(articles)}
+    with data.whole_or_nothing(out) as partial:
+        partial.write_text(PAGE % parts, encoding="utf-8", errors="replace")
+
+
+def article(record):
+    """HTML of a transcript: sections and memories side by side, answers, recalls."""
+    golds = [gold if isinstance(gold, str) else " / ".join(gold) for gold in record["golds"]]
+    page = f"<h2>{html.escape(record['question'])}</h2>"
+    page += f"right: <bdi>{html.escape('; '.join(golds))}</bdi>" if golds else ""
+
+    # a row for every turn
+    sections = [record["document"][a:b] for a, b in record.get("sections", [])]
+    *memories, answer = record["turns"]
+    what = "section" if sections else "prompt"
+    for turn, seen in enumerate(sections or record["prompts"], 1):
+        targets = [each["target"] for each in record["recalls"] if each["l"] == turn]
+        seen = marked(seen, dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target"))
+        page += f'<div class="turn"><div><h4>{what} {turn}</h4><pre>{seen}</pre></div>'
+        if turn <= len(memories):
+            memory = changed(memories[turn - 2] if turn > 1 else "", memories[turn - 1])
+            page += f"<div><h4>memory {turn}</h4><pre>{memory or '(nothing)'}</pre></div>"
+        page += "</div>"
+    page += f'<div class="turn"><div><h4>answer</h4><pre>{html.escape(answer)}</pre></div></div>'
+
+    # what it all earned
+    if record["rewards"]:
+        page += results_table("trajectories: the one above, and its group", record)
+    page += '<div class="recalls">'
+    for each in record["recalls"]:
+        where = f"section {each['l']}, asked of memory {each['k']}"
+        caption = f"recall of trajectory {each['trajectory'] + 1}: {each['target']} of {where}"
+        prompt = marked(each["prompt"], {data.TARGET: "target"})
+        prompt = f"<details><summary>its prompt</summary><pre>{prompt}</pre></details>"
+        page += f"<div>{results_table(caption, each)}{prompt}</div>"
+    return page + "</div>"
+
+
+def results_table(caption, results):
+    """HTML of the answers of a group, with what they earned."""
+    table = f"<table><caption>{html.escape(caption)}</caption>"
+    table += "<tr><td>answer<td>exact match<td>reward<td>advantage"
+    columns = [results[name] for name in ("answers", "exact_match", "rewards", "advantages")]
+    for answer, right, reward, advantage in zip(*columns):
+        answer = html.escape((rewards.extract_boxed(answer or "") or answer or "none")[:200])
+        table += f"<tr><td>{answer}<td>{right:.2f}<td>{reward:.2f}<td>{advantage:+.2f}"
+    return table + "</table>"
+
+
+def changed(before, after):
+    """HTML of a memory, with what it adds to the one before and what it drops of it marked."""
+    old, new = (re.findall(r"[^\s。、，；]*[\s。、，；]+|\S+", text) for text in (before, after))
+    words = [[word.strip() for word in text] for text in (old, new)]
+    page = ""
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        gone, come = marked("".join(old[a:b]).strip()), marked("".join(new[c:d]))
+        page += come if kind == "equal" else f"<del>{gone}</del><ins>{come}</ins>"
+    return page
+
+
+def marked(text, names=None):
+    """HTML of a text, with [MASK] and the names {name: class} marked where they stand."""
+    names = {data.MASK: "mask"} | (names or {})
+    names.pop("", None)
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    page = ""
+    for part in re.split(rf"(?<!\w)({known})(?!\w)", text):
+        escaped = html.escape(part)
+        page += f'<mark class="{names[part]}">{escaped}</mark>' if part in names else escaped
+    return page
+
+
+# ------------------------------------------------------------------------------------ forgetting
+
+NO_MEMORY = -1  # the age of a recall that is asked with the first, empty memory
+
+
+def forgetting(args):
+    """Recall by age: how many turns ago the section was read in which the entity is hidden.
+
+    Of every section of a held-out document one entity that stands nowhere else is asked for, with
+    the memory right after the section (age 0) and with those a turns later. All answers to it are
+    drawn with the same noise, so that only another memory can change them.
+      recall     exact match at this age
+      written    the entity's name stands in the memory, at this age
+      no memory  exact match with the first, empty memory: guesses, and what the model knew before
+      capture    exact match at age 0, of the entities that no memory was right about
+      retention  exact match at this age, of the captured ones
+    Each is a mean over documents of a document's share, with a 95 % interval and the number of
+    documents. Age a needs a more sections behind one, so that large ages are about early sections:
+    compare models at an age, rather than ages.
+    """
+    cfg = config_of(args)
+    if args.png:
+        open_pyplot()  # or say now that it is missing
+    rows = heldout_documents(cfg)
+    setup, policy = open_model(args, cfg)
+    train.check_budget(setup, rows, policy.lm)
+
+    # this rank's documents, a batch at a time
+    mine = range(distributed.rank(), len(rows), distributed.world_size())
+    recalls = []
+    bar = tqdm(total=len(rows), desc="documents", disable=distributed.rank() > 0)
+    with torch.no_grad(), gathered(policy):
+        for first in range(0, len(mine), args.batch):
+            batch = {number: rows[number] for number in mine[first : first + args.batch]}
+            recalls += recalls_by_age(setup, batch)
+            bar.update(len(batch) * distributed.world_size())
+    bar.close()
+
+    recalls = [recall for rank in all_gather(recalls) for recall in rank]
+    if not recalls:
+        raise InputError(f"{' '.join(cfg.data)}: no entity stands in one section alone")
+    table = forgetting_table(recalls)
+    rows = {}
+    for name, by_age in table.items():
+        for age, (*score, n) in by_age.items():
+            rows[f"{name}, age {age}"] = {"n": n, "share": score}
+    print_table(rows)
+    record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "forgetting": table}
+    write_json(args.out, record)
+    if args.png and distributed.rank() == 0:
+        draw(forgetting_series(table, cfg.model), args.png)
+
+
+def recalls_by_age(setup, rows):
+    """Reads documents {number: row} and asks for an entity of each section at every age.
+    -> list of (document, {age: (EM, is the name in the memory)}), NO_MEMORY one of the ages"""
+    cfg, prompts = setup.cfg, setup.prompts
+    setup = setup._replace(cfg=dataclasses.replace(cfg, group=1))
+
+    # read; draw an entity of every section
+    readers, drawn = {}, {}
+    for number, row in rows.items():
+        row = {**row, "text": prompts.clean(row["text"])}
+        chunks = train.cut(setup, row["text"])
+        problem = prompts.encode(row["question"]) if row.get("question") else prompts.problem
+        (readers[number],) = train.make_readers(setup, problem, chunks, ("heldout", number))
+        for turn, chunk in enumerate(chunks, 1):
+            rng = random.Random(f"forgetting {cfg.seed} {number} {turn}")
+            only = {**row, "entities": entities_of(row, chunk)}
+            recall = data.draw_recall(only, [chunk], prompts.tokenizer, cfg.chunk_tokens, rng)
+            if recall:
+                drawn[number, turn] = recall
+    rollout(list(readers.values()), setup.sampler)
+
+    # ask with no memory, then age by age
+    found = {place: {} for place in drawn}
+    most = max(len(reader.chunks) for reader in readers.values())
+    for age in (NO_MEMORY, *ages(most)):
+        agents, held = {}, {}
+        for (number, turn), recall in drawn.items():
+            memories = readers[number].memories
+            at = 0 if age == NO_MEMORY else turn + age
+            if at < len(memories):
+                key = ("forgetting", number, turn)  # the same noise at every age
+                agent = Recaller(prompts, memories[at], recall.ids, cfg.answer_tokens, key)
+                agents[number, turn], held[number, turn] = agent, prompts.text(memories[at])
+        rollout(list(agents.values()), setup.sampler)
+        for place, agent in agents.items():
+            answer, target = rewards.extract_boxed(agent.answer), drawn[place].target
+            written = float(bool(data.occurrences(held[place], target)))
+            found[place][age] = rewards.exact_match(answer, [target]), written
+    return [(number, by_age) for (number, _), by_age in found.items()]
+
+
+def entities_of(row, chunk):
+    """Spans of the entities that stand in this chunk of a document and nowhere else in it."""
+    text, spans = row["text"], []
+    for start, end in row["entities"]:
+        if chunk.start <= start and end <= chunk.end:
+            places = data.occurrences(text, text[start:end])
+            if places and chunk.start <= places[0] and places[-1] < chunk.end:
+                spans.append([start, end])
+    return spans
+
+
+def ages(turns):
+    """The ages that are measured in documents of that many turns: all up to 8, then doubling.
+
+    >>> ages(40)
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+    """
+    return [age for age in range(turns) if age <= 8 or age & (age - 1) == 0]
+
+
+def forgetting_table(recalls):
+    """What recalls_by_age gives -> {name: {age: [mean, low, high, n]}}"""
+    scores = {}  # (name, age) -> {document: [0 or 1, ..]}
+    for document, by_age in recalls:
+        known, captured = by_age[NO_MEMORY][0], by_age[0][0]
+        rows = {("no memory", 0): known}
+        if not known:
+            rows["capture", 0] = captured
+        for age, (right, written) in by_age.items():
+            if age >= 0:
+                rows |= {("recall", age): right, ("written", age): written}
+            if age > 0 and captured and not known:
+                rows["retention", age] = right
+        for key, score in rows.items():
+            scores.setdefault(key, {}).setdefault(document, []).append(score)
+
+    # recalls of one document are not independent: they are averaged first
+    table = {"recall": {}, "written": {}, "no memory": {}, "capture": {}, "retention": {}}
+    for name, age in sorted(scores):
+        shares = [train.mean(each) for each in scores[name, age].values()]
+        table[name][age] = list(train.interval(shares))
+    return table
+
+
+# ---------------------------------------------------------------------------------------- curves
+# What is drawn is a list of series: (panel, label, {x: y, or [mean, low, high]}), where a panel is
+# what stands at its (x, y).
+
+METRICS = {  # of every step
+    "em": "exact match of the answers (dots: held-out)",
+    "imr": "exact match of the recalls (dots: held-out)",
+    "R_E": "reward of a trajectory",
+    "kl": "KL to the reference, per token",
+    "len": "tokens of a response",
+}
+HELDOUT = {"trajectory": METRICS["em"], "recall": METRICS["imr"]}
+
+
 def curves(args):
-    """One picture: exact match of runs by step, and of longqa tables by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for path in map(Path, args.runs):
+    """One picture: what runs did by step, longqa tables by length, forgetting tables by age."""
+    series = []
+    for path in map(Path, args.inputs):
         if path.is_dir():
-            # a line of the training batches, dots of the held-out rows
-            lines = train.read_metrics(path)
-            em = {line["step"]: line["em"] for line in lines if "em" in line}
-            (line,) = left.plot(em.keys(), em.values(), alpha=0.4)
-            looks = {line["step"]: line["heldout"] for line in lines if "heldout" in line}
-            for (kind, called), marker in zip(train.KINDS.items(), "o^s"):
-                scores = {step: look[kind][:3] for step, look in looks.items() if kind in look}
-                if scores:
-                    dots(left, scores, f"{path.name}: {called}", line.get_color(), marker)
+            series += run_series(path)
+            continue
+        other = f"{path}: not a table that eval.py longqa or forgetting wrote"
+        with data.explained(other, ValueError):  # not JSON, or not even text
+            record = json.loads(path.read_text())
+        record = record if isinstance(record, dict) else {}
+        rows = [row for row in record.get("table", {}).values() if "document_tokens" in row]
+        lengths = {row["document_tokens"]: row["em"] for row in rows}
+        if lengths:
+            series.append((("tokens of the document", "exact match"), path.stem, lengths))
+        elif "forgetting" in record:
+            series += forgetting_series(record["forgetting"], path.stem)
         else:
-            # a dot for every length
-            table = json.loads(path.read_text()).get("table", {})
-            rows = [row for row in table.values() if "document_tokens" in row]
-            scores = {row["document_tokens"]: row["em"] for row in rows}
-            if not scores:
-                raise InputError(f"{path}: not a table that eval.py longqa wrote")
-            dots(right, scores, path.stem)
+            raise InputError(other)
+    draw(series, args.out)
 
-    left.set(xlabel="step", ylabel="exact match (line: training, dots: held-out)", ylim=(0, 1))
-    right.set(xlabel="tokens of the document", ylabel="exact match", xscale="log", ylim=(0, 1))
-    for axes in (left, right):
-        if axes.has_data():
-            axes.legend()
+
+def run_series(run):
+    """Lines of a run's metrics by step, dots of its looks at held-out rows."""
+    lines, looks, series = train.read_metrics(run), {}, []
+    for name, title in METRICS.items():
+        values = {line["step"]: line[name] for line in lines if name in line}
+        if values:
+            series.append((("step", title), run.name, values))
+    for line in lines:
+        for kind, row in line.get("heldout", {}).items():
+            looks.setdefault(kind, {})[line["step"]] = row[:3]
+    for kind, scores in looks.items():
+        title = HELDOUT.get(kind, f"exact match, held-out {kind}")
+        series.append((("step", title), run.name, scores))
+    return series
+
+
+def forgetting_series(table, label):
+    """Recall by age, the names in memory by age; capture, a dot at age 0, and retention."""
+    both = "share captured (age 0), of these retained"
+    panels = {"recall": "exact match of recalls by age", "written": "share of names in memory"}
+    panels |= {"capture": both, "retention": both}
+    series = []
+    for name, title in panels.items():
+        scores = {int(age): row[:3] for age, row in table[name].items()}
+        if scores:
+            series.append((("age: turns since the section", title), label, scores))
+    return series
+
+
+def draw(series, out):
+    """A picture with a grid of panels, one colour a label."""
+    if not series:
+        raise InputError(f"{out}: nothing to draw yet: no step is done")
+    pyplot = open_pyplot()
+    panels = list(dict.fromkeys(panel for panel, _, _ in series))
+    labels = list(dict.fromkeys(label for _, label, _ in series))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(5.2 * columns, 3.7 * rows), squeeze=False
+    )
+    for axes, (x, y) in zip(grid.flat, panels):
+        axes.set(xlabel=x, title=y, xscale="log" if x.startswith("tokens") else "linear")
+        if y.startswith(("exact match", "share")):
+            axes.set(ylim=(0, 1.02))
+        if x.startswith("age"):
+            axes.locator_params("x", integer=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+
+    for panel, label, values in series:
+        axes, color = grid.flat[panels.index(panel)], f"C{labels.index(label)}"
+        if isinstance(next(iter(values.values())), list):
+            dots(axes, values, label, color)
+        else:
+            axes.plot(list(values), list(values.values()), alpha=0.5, color=color, label=label)
+    for axes in grid.flat[: len(panels)]:
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
+        axes.legend(handles.values(), handles.keys(), fontsize="small")
     figure.tight_layout()
-    figure.savefig(args.out, dpi=150)
-    print(args.out)
+    figure.savefig(out, dpi=150)
+    print(out)
 
 
-def dots(axes, scores, label, color=None, marker="o"):
+def dots(axes, scores, label, color):
     """Draws {x: [mean, low, high]}."""
-    mean, low, high = np.array(list(scores.values())).reshape(-1, 3).T
+    mean, low, high = np.array(list(scores.values())).T
     errors = [mean - low, high - mean]
-    axes.errorbar(list(scores), mean, errors, marker=marker, capsize=3, label=label, color=color)
+    axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+
+
+def open_pyplot():
+    """matplotlib is optional. DataError where it is missing."""
+    with data.explained("a picture needs matplotlib: pip install matplotlib", ImportError):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    return pyplot
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+class Command(NamedTuple):
+    run: object  # args -> what it prints and writes
+    task: str  # of train.py, whose settings it takes
+    needs: tuple  # flags, or words for the inputs
+
+
+COMMANDS = {
+    "memtrain": Command(memtrain, "memtrain", ("--model",)),
+    "longqa": Command(questions, "longqa", ("--model", "--out")),
+    "searchqa": Command(questions, "searchqa", ("--model", "--out")),
+    "filter": Command(questions, "longqa", ("--model", "--data", "--out")),
+    "ask": Command(ask, "longqa", ("--model", "--document", "a question")),
+    "view": Command(view, None, ("a run", "--out")),
+    "forgetting": Command(forgetting, "memtrain", ("--model", "--out")),
+    "curves": Command(curves, None, ("runs", "--out")),
+}
 
 
 @distributed.one_line_errors(data.DataError)
 def main(argv=None):
     args = parse(argv)
-    command = {"memtrain": memtrain, "curves": curves}.get(args.command, questions)
-    command(args)
+    COMMANDS[args.command].run(args)
 
 
 if __name__ == "__main__":

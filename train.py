@@ -10,8 +10,8 @@ The loop is `train`, at the end of this file: documents of the step -> rollout o
 -> advantages per trajectory -> every turn one training sequence -> clipped loss -> step. A task is
 a function (setup, rows, step) -> groups with rewards, in the table TASKS.
 
-A run leaves in --out: config.json, metrics.jsonl, samples.jsonl and step-NNNNNN/ (a Hugging Face
-checkpoint with the trainer's state inside).
+A run leaves in --out: config.json, metrics.jsonl, samples.jsonl (its fields: `transcript`) and
+step-NNNNNN/ (a Hugging Face checkpoint with the trainer's state inside).
 """
 
 import argparse
@@ -455,6 +455,7 @@ class Group(NamedTuple):
     agents: list  # with their turns
     exact_match: list  # of every agent's answer, 0 to 1
     rewards: list  # of every agent
+    drawn: object = None  # data.Recall: what a recall asks for, and where
 
 
 def memtrain(setup, rows, step):
@@ -472,7 +473,7 @@ def memtrain(setup, rows, step):
     rollout(sum(readers.values(), []), setup.sampler)
 
     # recall: of memory m_k of trajectory i, the entity hidden in an earlier chunk c_l
-    recalls = {}  # (document, i) -> (target, agents)
+    recalls = {}  # (document, i) -> (data.Recall, agents)
     for document, i in readers_to_ask(cfg, readers):
         drawn_for = i if cfg.recall_draw == "trajectory" else "all"
         rng = random.Random(f"recall {cfg.seed} {step} {document} {drawn_for}")
@@ -485,7 +486,7 @@ def memtrain(setup, rows, step):
         for j in range(cfg.recalls):
             key = (step, document, i, j)
             agents.append(Recaller(prompts, memory, drawn.ids, cfg.answer_tokens, key))
-        recalls[document, i] = drawn.target, agents
+        recalls[document, i] = drawn, agents
     rollout([agent for _, agents in recalls.values() for agent in agents], setup.sampler)
 
     groups = []
@@ -495,8 +496,9 @@ def memtrain(setup, rows, step):
         for i, earned in enumerate(whole.rewards):
             R_I = []
             if (document, i) in recalls:
-                target, agents = recalls[document, i]
-                recall = scored(cfg, "recall", document, agents, [target])
+                drawn, agents = recalls[document, i]
+                recall = scored(cfg, "recall", document, agents, [drawn.target])
+                recall = recall._replace(drawn=drawn)
                 R_I = recall.rewards  # eq. 1
                 groups.append(recall)
             weight, objective = cfg.recall_weight, cfg.objective
@@ -862,26 +864,54 @@ def turns_of(groups):
 
 
 def transcript(setup, groups, step, document, row):
-    """What the first trajectory of a document wrote, turn by turn, and a recall on it."""
-    text = setup.prompts.text
-    whole = next(g for g in groups if g.document == document and g.kind == "trajectory")
+    """A line of samples.jsonl: a document as its first trajectory read it, and what all earned.
+
+    step: as in metrics.jsonl, from 1. id, question, golds: of the row of data.
+    document: the text as it was read, placeholders included; sections: [start, end] of each section
+    in it, in characters. Neither in searchqa, where prompts has what each turn saw.
+    turns: what the first trajectory wrote: its memory after every section, then its answer.
+    answers, exact_match, rewards, advantages: of all trajectories, the first one's first.
+    recalls: one of each trajectory: {"trajectory": its number, from 0; "k": the memory asked is the
+    one after turn k; "l": [TARGET] stands in section l (both from 1); "target": the hidden entity;
+    "prompt", and of all its samples "answers", "exact_match", "rewards", "advantages"}.
+    """
+    cfg, prompts = setup.cfg, setup.prompts
+    mine = [group for group in groups if group.document == document]
+    (whole,) = [group for group in mine if group.kind == "trajectory"]
+    turns = whole.agents[0].turns
     record = {
         "step": step,
         "id": row["id"],
-        "golds": row.get("answers") or [row["answer"]],
-        "exact_match": whole.exact_match,
-        "rewards": whole.rewards,
-        "turns": [text(turn.response_ids) for turn in whole.agents[0].turns],
-        "answer": whole.agents[0].answer,
+        "question": row.get("question") or prompts.text(prompts.problem),
+        "golds": row["answers"] if "answers" in row else [row["answer"]],
     }
-    recalls = [g for g in groups if g.document == document and g.kind == "recall"]
-    for recall in recalls[:1]:
-        record["recall"] = {
-            "prompt": text(recall.agents[0].ids),
-            "answers": [agent.answer for agent in recall.agents],
-            "rewards": recall.rewards,
-        }
+    if TASKS[cfg.task].searches:
+        record["prompts"] = [prompts.text(turn.prompt_ids) for turn in turns]
+    else:
+        text = prompts.clean(row["text"] if "text" in row else row["context"])
+        record["document"] = text
+        record["sections"] = [[chunk.start, chunk.end] for chunk in cut(setup, text)]
+    record["turns"] = [prompts.text(turn.response_ids) for turn in turns]
+    record |= results(cfg, whole)
+
+    record["recalls"] = []
+    for group in mine:
+        if group.kind == "recall":
+            asked, drawn = group.agents[0], group.drawn
+            recall = {"trajectory": asked.key[2], "k": drawn.k, "l": drawn.l}
+            recall |= {"target": drawn.target, "prompt": prompts.text(asked.ids)}
+            record["recalls"].append(recall | results(cfg, group))
     return record
+
+
+def results(cfg, group):
+    """What the agents of a group answered, and what they got for it."""
+    return {
+        "answers": [agent.answer for agent in group.agents],
+        "exact_match": group.exact_match,
+        "rewards": group.rewards,
+        "advantages": grpo.group_advantages(torch.tensor(group.rewards), cfg.scale).tolist(),
+    }
 
 
 def log_line(cfg, m):
@@ -914,7 +944,7 @@ def log(cfg, metrics, transcripts=()):
 
 
 def append(path, records):
-    with path.open("a") as file:
+    with path.open("a", errors="replace") as file:  # a lone surrogate ends no run
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -419,11 +419,18 @@ def test_evaluation_files_of_memagents_shape_load_whole(file, documents):
         assert row["answers"] and isinstance(row["answers"], list)
 
 
-def test_curves_draw_runs_and_tables(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    scores = [0.1, 0.0, 0.2, 9]
-    looked = {"step": 0, "heldout": {"trajectory": scores, "questions": scores}}
-    trained = [{"step": 1, "R_E": 0.5, "em": 0.4}, {"step": 2, "R_E": 0.6, "em": 0.5}]
+def test_curves_draw_runs_and_tables_on_one_page(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is optional")
+    looks = {
+        "trajectory": [0.1, 0.0, 0.2, 9],
+        "recall": [0.3, 0.2, 0.4, 9],
+        "questions": [0, 0, 0.3, 9],
+    }
+    looked = {"step": 0, "heldout": looks}
+    trained = []
+    for step in (1, 2):
+        rewards = {"R_E": 0.5 + step, "em": 0.4, "imr": 0.2}
+        trained.append({"step": step, **rewards, "kl": 0.01, "len": 30.0, "grad": None})
     for name, lines in {"looked": [looked, *trained], "plain": trained}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
@@ -439,8 +446,24 @@ def test_curves_draw_runs_and_tables(tmp_path, capsys):
     inputs = [str(tmp_path / name) for name in ("looked", "plain", "t.json")]
     evaluation.main(["curves", *inputs, "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    runs = ["looked", "plain"]
+    panels = {axes.get_title(): axes.get_legend_handles_labels()[1] for axes in pyplot.gcf().axes}
+    assert {title: sorted(labels) for title, labels in panels.items()} == {
+        evaluation.METRICS["em"]: ["looked", *runs],  # a line each, and dots
+        evaluation.METRICS["imr"]: ["looked", *runs],
+        evaluation.METRICS["R_E"]: runs,
+        evaluation.METRICS["kl"]: runs,
+        evaluation.METRICS["len"]: runs,
+        "exact match, held-out questions": ["looked"],
+        "exact match": ["t"],
+    }
 
-    (tmp_path / "other.json").write_text("{}")
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[1]", "no JSON", '{"table": {"E2E": {"em": [1, 1, 1]}}}']
+)
+def test_what_is_no_table_gets_one_line(content, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(content)
     with pytest.raises(SystemExit):
         evaluation.main(["curves", str(tmp_path / "other.json"), "--out", "x.png"])
     assert "other.json: not a table" in capsys.readouterr().err
@@ -451,6 +474,9 @@ def test_curves_draw_runs_and_tables(tmp_path, capsys):
     (["longqa", "--model", "{pocket}"], "needs --out"),
     (["filter", "--model", "{pocket}", "--out", "t.json"], "needs --data"),
     (["curves", "--out", "t.png"], "needs runs"),
+    (["view", "--out", "t.html"], "needs a run"),
+    (["ask", "--model", "{pocket}", "who?"], "needs --document"),
+    (["forgetting", "--model", "{pocket}"], "needs --out"),
     (["longqa", "--model", "{bare}", "--out", "t.json"], "needs --data"),
     (["memtrain", "--model", "{pocket}", "--data", "{bare}"], "no documents here"),
     (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"], "nowhere.json"),

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
-from test_train import SIZES, Recorder, gradient, metrics_of, some_sequences
+from test_train import SIZES, gradient, metrics_of, some_sequences
 
 import distributed
 import grpo

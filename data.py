@@ -626,12 +626,12 @@ def save_documents(out, parts):
 
 
 def holds_documents(path):
-    """Whether save_documents wrote this folder, or this is a file of masked documents."""
+    """Whether save_documents wrote this folder, or this is a file of masked documents: its first
+    row says [MASK], in the text or in the question."""
     if not re.search(ROW_FILE, path):
         return os.path.exists(f"{path}/dataset_dict.json")
-    for place, row in read_rows(path, ["context"]):
-        context = _plain(place, row.get("context"))
-        return isinstance(context, str) and MASK in context
+    for _, row in read_rows(path, ["context", "prompt", "extra_info.question"]):
+        return MASK in str(row)
     return False
 
 
@@ -691,7 +691,11 @@ def import_documents(source, ner="en_core_web_sm"):
     tqdm.write(f"{source}: looks for entities once, and keeps them in {folder}", file=sys.stderr)
     found = add_entities(masked_documents(path), ner, processes)
     bar = tqdm(found, desc="entities", total=count, unit=" documents")
-    save_documents(folder, {"train": bar, "heldout": iter([])})
+    try:
+        save_documents(folder, {"train": bar, "heldout": iter([])})
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
     minutes = (time.time() - started) / 60
     summary = f"{source}: {count} documents, {minutes:.1f} minutes with {processes} processes"
     if leaks:
@@ -716,7 +720,8 @@ def masked_documents(path):
             problem = f"{len(answers)} answers"
         if problem:
             raise DataError(f"{place}: {problem}; a masked document is a text and its one answer")
-        if (row.get("extra_info") or {}).get("memtrain_id") is not None:
+        extra = row.get("extra_info")
+        if isinstance(extra, dict) and extra.get("memtrain_id") is not None:
             text = _without_headings(text)
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which can't be kept
         yield {**found, "text": text, "answer": answers[0]}
@@ -808,9 +813,7 @@ def export(args):
             rows = []
             for index in range(first, min(first + 64, len(documents))):
                 rows.append(released_row(index, documents[index], args.question))
-            writer.write_table(
-                pyarrow.Table.from_pylist(rows, schema)
-            )  # nested, so in small groups
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
     print(f"{args.out}: {len(documents)} documents")
 
 
@@ -999,16 +1002,14 @@ def question_row(place, row, several=False):
     # each under the names that the formats have for it
     identity = _first(extra.get("memtrain_id"), *map(own.get, ("id", "_id", "index")))
     identity = _first(identity, extra.get("index"), place)
-    question, context = (
-        _first(own.get("question"), extra.get("question")),
-        _first(own.get("context")),
-    )
+    question = _first(own.get("question"), extra.get("question"))
+    context = _first(own.get("context"))
     if question is None:
         question = _first(own.get("input"), _prompt(own.get("prompt")))
     elif context is None:  # BABILong's `input` is the text
         context = _first(own.get("input"))
     gold = _first(*map(own.get, ("answers", "golden_answers", "answer", "target")))
-    gold = _first(gold, model.get("ground_truth"), extra.get("answers"), extra.get("answer"))
+    gold = _first(gold, model.get("ground_truth"))
     golds = golds_of(place, gold)
     for name, found in ("question", isinstance(question, str)), ("answer", golds):
         if not found:
@@ -1110,15 +1111,15 @@ def _gold(place, value):
 
 def _unprinted(place, text):
     """A list or a dict that went through str(), read back; any other text as it is."""
-    if not re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", text, re.DOTALL):
+    if not re.fullmatch(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", text, re.DOTALL):
         return text
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError):
         try:
             return _plain(place, json.loads(text))
         except json.JSONDecodeError:
-            if "target" in text:
+            if re.search(r"target|array\(|^\s*[\[{]\s*['\"]", text):
                 raise DataError(f"{place}: golds that can't be read: {text[:80]}") from None
             return text
     tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)

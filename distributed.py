@@ -216,12 +216,13 @@ def training_memory(config, world, tokens, reference=True):
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"), naming(config.name_or_path):
         lm = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in lm.parameters())
     states = (16 + 2 * reference) * parameters / world + 2 * parameters
     text = config.get_text_config()
-    width, heads = text.hidden_size, text.num_attention_heads * head_size(text)
+    width = text.hidden_size
+    heads = getattr(text, "num_attention_heads", 1) * head_size(text)
     inner = getattr(text, "intermediate_size", None) or 4 * width
     layer = 2 * (6 * width + 6 * heads + 4 * inner)
     row = 2 * tokens * (text.num_hidden_layers * width + layer)
@@ -238,9 +239,9 @@ def check_memory(path, device, tokens, reference=True):
     if states + row <= total:
         return
     advice = "take a smaller model"
-    for world in range(world_size() + 1, 1025):
+    for world in (2, 4, 8, 16, 32, 64):
         if sum(training_memory(config, world, tokens, reference)) <= total:
-            advice = f"take {world} such GPUs or more"
+            advice = f"take {world} such GPUs"
             break
     raise InputError(
         f"--model {path} needs {(states + row) / 1e9:.0f} GB of a GPU ({states / 1e9:.0f} for "
@@ -250,7 +251,8 @@ def check_memory(path, device, tokens, reference=True):
 
 
 def head_size(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)  # there are models without any
+    return getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def kv_budget(lm, device, trained=True):

@@ -30,6 +30,7 @@ import difflib
 import html
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -323,8 +324,8 @@ def write_json(path, value):
 def memtrain(args):
     """E2E and recall exact match on held-out documents, as train.py prints them."""
     cfg = config_of(args)
-    rows = heldout_documents(cfg)
     setup, policy = open_model(args, cfg)
+    rows = heldout_documents(cfg)
     train.check_budget(setup, rows, policy.lm)
     table = {}
     for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():
@@ -383,11 +384,8 @@ def released_em(rows, records):
     scores = []
     for record in records:
         if (record["answer"] or "").strip():
-            answer, golds = (
-                rewards.extract_boxed(record["answer"]),
-                rows[record["index"]]["answers"],
-            )
-            scores.append(rewards.exact_match(answer, golds[:1]))
+            golds = rows[record["index"]]["answers"]
+            scores.append(rewards.exact_match(rewards.extract_boxed(record["answer"]), golds[:1]))
     return {"em": train.mean(scores) if scores else None, "n": len(scores)}
 
 
@@ -435,6 +433,8 @@ def ask(args):
     question. Every rank reads for itself (a model may need several GPUs), the first one shows."""
     if not all(question.strip() for question in args.inputs):
         raise InputError('ask: a question is empty; write it in quotes: "who wrote it?"')
+    if args.document == "-" and "RANK" in os.environ:
+        raise InputError("--document -: ranks of torchrun can't share what comes in; name a file")
     text = read_text(args.document)
     args.data = [args.document]
     cfg = config_of(args)
@@ -559,9 +559,10 @@ def write_page(out, title, records):
 
 def article(record):
     """HTML of a transcript: sections and memories side by side, answers, recalls."""
-    golds = [gold if isinstance(gold, str) else " / ".join(gold) for gold in record["golds"]]
+    asked = [[gold] if isinstance(gold, str) else gold for gold in record["golds"]]
+    golds, right = sum(asked, []), "; ".join(map(" / ".join, asked))
     page = f"<h2>{html.escape(record['question'])}</h2>"
-    page += f"right: <bdi>{html.escape('; '.join(golds))}</bdi>" if golds else ""
+    page += f"right: <bdi>{html.escape(right)}</bdi>" if golds else ""
 
     # a row for every turn
     sections = [record["document"][a:b] for a, b in record.get("sections", [])]
@@ -647,8 +648,8 @@ def forgetting(args):
     cfg = config_of(args)
     if args.png:
         open_pyplot()  # or say now that it is missing
-    rows = heldout_documents(cfg)
     setup, policy = open_model(args, cfg)
+    rows = heldout_documents(cfg)
     train.check_budget(setup, rows, policy.lm)
 
     # this rank's documents, a batch at a time

@@ -6,9 +6,9 @@ needs the standard library alone: copy this file as it is.
     python rewards.py            runs the examples below and prints a few rewards
 
 Differences from the neighbours:
-  1. A gold or an answer that normalises to nothing is compared as it stands. Under the plain SQuAD
-     rule "" would equal "the", and in MemAgent's two-directional match an empty answer would be
-     inside every gold.
+  1. A gold or an answer that normalises to nothing is compared as it stands ("squad"). Under the
+     plain SQuAD rule "" would equal "the", and in MemAgent's two-directional match an empty answer
+     would be inside every gold.
   2. No format reward anywhere: MEM1's was reported to hurt.
 """
 

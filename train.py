@@ -396,6 +396,8 @@ def load_heldout(cfg):
     documents, questions = (cfg.task, "longqa") if reads else ("memtrain", cfg.task)
     sources = [(documents, load_documents(cfg, "heldout"))] if reads else []
     for path in cfg.heldout:
+        if reads and path in cfg.data and os.path.isdir(path):
+            continue  # what it holds out is looked at already
         if data.holds_documents(path):
             sources.append((documents, heldout_documents(cfg, path)))
         else:
@@ -868,7 +870,7 @@ def transcript(setup, groups, step, document, row):
 
     step: as in metrics.jsonl, from 1. id, question, golds: of the row of data.
     document: the text as it was read, placeholders included; sections: [start, end] of each section
-    in it, in characters. Neither in searchqa, where prompts has what each turn saw.
+    in it, in characters. Neither where the row has no text (searchqa): prompts has what turns saw.
     turns: what the first trajectory wrote: its memory after every section, then its answer.
     answers, exact_match, rewards, advantages: of all trajectories, the first one's first.
     recalls: one of each trajectory: {"trajectory": its number, from 0; "k": the memory asked is the
@@ -885,10 +887,10 @@ def transcript(setup, groups, step, document, row):
         "question": row.get("question") or prompts.text(prompts.problem),
         "golds": row["answers"] if "answers" in row else [row["answer"]],
     }
-    if TASKS[cfg.task].searches:
+    text = prompts.clean(row.get("text") or row.get("context") or "")
+    if not text:
         record["prompts"] = [prompts.text(turn.prompt_ids) for turn in turns]
     else:
-        text = prompts.clean(row["text"] if "text" in row else row["context"])
         record["document"] = text
         record["sections"] = [[chunk.start, chunk.end] for chunk in cut(setup, text)]
     record["turns"] = [prompts.text(turn.response_ids) for turn in turns]
@@ -1104,7 +1106,7 @@ def save(cfg, policy, optimizer, tokenizer, step):
     if TASKS[cfg.task].searches:
         place, names = cfg.task, "answer_tokens result_tokens passages objectives turns"
     else:  # whatever reads shares its sizes
-        place, names = "all", "chunk_tokens memory_tokens answer_tokens prompt_order"
+        place, names = "all", "chunk_tokens memory_tokens answer_tokens prompt_order recall_window"
     sizes = {name: getattr(cfg, name) for name in names.split()}
     settings[place] = settings.get(place, {}) | sizes
     files = {"memtrain.json": json.dumps(given, indent=2) + "\n"}

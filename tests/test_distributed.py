@@ -482,8 +482,8 @@ def test_a_model_that_fits_no_gpu_is_refused_with_numbers_before_it_is_loaded(al
     config.save_pretrained(tmp_path)  # there are no weights to load
     gpu = type("Properties", (), {})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    gpu.total_memory = sum(distributed.training_memory(config, 3, 50))
-    with pytest.raises(distributed.InputError, match="take 3 such GPUs or more, or lower --tokens_per_forward"):
+    gpu.total_memory = sum(distributed.training_memory(config, 4, 50))
+    with pytest.raises(distributed.InputError, match="take 4 such GPUs, or lower --tokens_per_forward"):
         distributed.check_memory(str(tmp_path), device, 50)
     gpu.total_memory = sum(distributed.training_memory(config, 1, 50))
     distributed.check_memory(str(tmp_path), device, 50)

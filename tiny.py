@@ -35,6 +35,7 @@ import argparse
 import json
 import random
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -113,7 +114,7 @@ HELDOUT = 256  # of them, a length
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 500  # of the warm start, at most
-FALL = 240, 380  # its steps over which the learning rate falls
+FALL = 200, 340  # its steps over which the learning rate falls
 WEIGHTS = {"update": 2, "quote": 2, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {
     "verb": 0.98,
@@ -305,8 +306,8 @@ def search_questions(count, seed, part="train"):
 
 # ------------------------------------------------------------------------------------ the oracle
 
-ASKED = 0.65, 0.85  # how probably a fact of a section is taken up, one of the memory carried on,
-OTHERS = 0.4, 0.7  # .. if it is about the one whom the problem names, and if not
+ASKED = 0.6, 0.9  # how probably a fact of a section is taken up, one of the memory carried on,
+OTHERS = 0.3, 0.65  # .. if it is about the one whom the problem names, and if not
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
@@ -479,8 +480,8 @@ def demonstrations(prompts, name, count, chunks):
 
 
 def exercises(prompts, name, count):
-    """What the oracle writes when it is asked about made-up memories and sections, four prompts for
-    each of `count` documents and questions. -> rows"""
+    """What the oracle writes when it is asked about made-up memories and sections, five prompts for
+    each of `count` documents and half as many questions. -> rows"""
     rng, asked = random.Random(f"exercises {name}"), []
     quote = Template(prompts.tokenizer, QUOTE)
     for row in documents(count, name) + questions(count // 2, name):
@@ -502,20 +503,22 @@ def exercises(prompts, name, count):
         section = [[TARGET if word == hidden else word for word in fact] for fact in section]
         asked.append(prompts.recall(memory=ids_of(memory), section=ids_of(section)))
 
+        # update a memory that knows it already, and may repeat itself: the next one does not
+        section = ids_of(rng.sample(others, FACTS_PER_CHUNK))
+        again = rng.choices(memory, k=rng.randint(1, ROOM))
+        old = ids_of(rng.choice([memory, again, sorted(again)])[:ROOM])
+        problem = ids_of([problem])
+        asked.append(prompts.update(problem=problem, memory=old, section=section))
+
         # update and quote, of recombined facts: nothing but the text tells what goes together
         names = rng.sample(SUBJECTS, ROOM + FACTS_PER_CHUNK)
         facts = [any_fact(rng, name) for name in names]
-        named = rng.choice([names[0], names[1], names[ROOM], names[ROOM], names[ROOM + 1]])
-        fields = dict(problem=ids_of([[named, *problem[1:]]]))
-        old = facts[: rng.randint(0, ROOM)]
-        if old and rng.random() < 0.5:
-            old = rng.choices(old, k=len(old))  # a memory may repeat itself; the next one does not
-        old = ids_of(old)
-        section = ids_of(rng.sample(facts[ROOM:], FACTS_PER_CHUNK))
-        asked.append(prompts.update(memory=old, section=section, **fields))
-        facts = facts[: rng.randint(3, ROOM)]
-        fields = dict(problem=ids_of([[rng.choice(names[: len(facts) + 2]), *problem[1:]]]))
-        asked.append(quote(section=ids_of(facts), **fields))
+        old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
+        problem[0] = ID[rng.choice([names[0], names[1], names[-1], names[-2]])]
+        asked.append(prompts.update(problem=problem, memory=ids_of(old), section=ids_of(section)))
+        section = facts[: rng.randint(3, ROOM)]
+        problem[0] = ID[rng.choice(names[: len(section) + 2])]
+        asked.append(quote(problem=problem, section=ids_of(section)))
     responses = oracle(asked, [99] * len(asked), range(len(asked)))
     return [(prompt, response.ids) for prompt, response in zip(asked, responses)]
 
@@ -557,18 +560,16 @@ def imitation_loss(lm, rows):
 
 @torch.no_grad()
 def skills(lm, prompts):
-    """What the warm start has to reach, on new exercises: shares of right verbs and objects in
-    updates, each after what comes before it, and of quotes that are right in every word."""
+    """What the warm start has to reach, on new exercises: shares of answers and quotes that are
+    right in every word; and of right verbs and objects in quotes, each after what comes before."""
     rows, found = by_kind(exercises(prompts, "skills", 128)), {}
-    scores, ids, _ = scores_of(lm, rows["update"])
-    right = scores.argmax(-1) == ids
+    for kind in "answer", "quote":
+        scores, ids, lengths = scores_of(lm, rows[kind])
+        right = scores.argmax(-1) == ids
+        found[kind] = statistics.fmean(bool(row.all()) for row in right.split(lengths))
     for name, words in ("verb", VERBS), ("object", THINGS):
         chosen = torch.isin(ids, torch.tensor([ID[word] for word in words]))
         found[name] = right[chosen].float().mean().item()
-    for kind in "quote", "answer":
-        scores, ids, lengths = scores_of(lm, rows[kind])
-        whole = [row.all() for row in (scores.argmax(-1) == ids).split(lengths)]
-        found[kind] = sum(whole).item() / len(whole)
     return found
 
 

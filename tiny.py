@@ -104,7 +104,7 @@ TEMPLATES = {
 }
 QUOTE = "quote <problem> {problem} </problem> <section> {section} </section>"  # an exercise
 SETTINGS = dict(  # defaults for train.py's flags
-    steps=32, documents_per_step=32, documents_per_update=32, recall_draw="document",
+    steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document",
     chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=6,
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip

@@ -402,7 +402,7 @@ def configure(made, task):
 
 def test_train_takes_data_and_sizes_from_the_model_folder(made):
     cfg = configure(made, "memtrain")
-    assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (32, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
+    assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (24, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
     rows, heldout = train.load_documents(cfg)
     assert (len(rows), len(heldout)) == (tiny.DOCUMENTS, 256)
     assert len(rows) >= cfg.steps * cfg.documents_per_step

@@ -5,20 +5,25 @@
 
 Every fact is three words: `Alda sells wool`. 25 cities have 4 attributes of 5 values each, such
 that one clue leaves five cities and any two clues leave one. These facts never change: they are the
-encyclopedia, which the warm start puts into the model. What people like, own, play or wear is drawn
-anew for every document: nothing but memory can answer for it. A masked document hides one city,
-with two clues in different chunks, among facts about people and other cities. Long-text questions
-are about a person with two facts in the document, however long that is.
+encyclopedia, which the warm start puts into the model. What is said of people is drawn anew for
+every document: nothing but memory can answer for it.
+
+A masked document hides one city, with two clues in different chunks, among facts about people and
+other cities. The placeholder is a name: the city goes by that of a person who is not in the
+document, another one in every document, and the document's own question tells whom it is about:
+`Ada is which city ?`. No word of the text tells the hidden city from people, who have the same
+verbs and its values among theirs; only its match with the question does. That is the skill to be
+learnt here, and it serves any question: those about long texts ask for what was said of a person
+(`Ben sells what ?`), and none of them is ever trained on by MemTrain.
 
 The oracle stands in the sampler's place in `rollout`: it reads a prompt and writes the response of
-a model that copies faithfully but has a poor sense of relevance. It takes up half of the facts
-about what the problem names and three of ten others, and drops any when its memory is full. The
-warm start is fine-tuning on the turns that it leaves behind. Such coins are the weakness on
-purpose: a policy that drifts under noise, or is merely sampled more sharply, gains nothing by them,
-so that a rising curve means that the reward was understood (train.py --shuffle_rewards shows it).
+a model that copies faithfully but has a poor sense of relevance: see ASKED and OTHERS. The warm
+start is fine-tuning on the turns that it leaves behind. Such coins are the weakness on purpose: a
+policy that drifts under noise, or is merely sampled more sharply, gains nothing by them, so that a
+rising curve means that the reward was understood (train.py --shuffle_rewards shows it).
 
 How it differs from real data:
-  1. Every word is one token, every fact three; chunks of two facts never cut one.
+  1. Every word is one token, every fact three; chunks of three facts never cut one.
   2. Entities are known, not recognised: subjects and objects, each with its exact span.
   3. Prompts are a few words long, since the model has never read anything else.
 
@@ -30,28 +35,35 @@ import argparse
 import json
 import random
 import re
-from collections import Counter
+import statistics
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from tqdm import tqdm
 
 import data
 import distributed
-import grpo
 import train
 from data import MASK, TARGET
-from rollout import NO_MEMORY, TAGS, Prompts, Response
+from rollout import NO_MEMORY, TAGS, Prompts, Response, Template
 
 # ------------------------------------------------------------------------------------- the world
 
 FACT = 3  # tokens of a fact: subject, verb, object
-FACTS_PER_CHUNK = 2
+FACTS_PER_CHUNK = 3
 CHUNKS = 4  # of a document that is trained on
+ROOM = 6  # facts that a memory holds
+HINTS = 3  # facts of a document about the one whom its question names, each in another chunk
 
 CITIES = (
     "Alda Brin Cora Dorn Elva Farn Gora Hest Irra Jund Kolm Lira Morn Nava Orsk Pell Quen Rhun "
     "Sarn Tarn Ulma Varn Welm Yarn Zell"
+).split()
+PEOPLE = (
+    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Rosa Sam Tess Uma Vera "
+    "Will Xena Zoe Amy Bob Carl Dora Emma Fred Gina Hugo Ida Jack Kim Lars Mia Ned Olga Paul Rita "
+    "Seth Tim Ursa Vic Wanda Yves Zach"
 ).split()
 CLUES = {  # verb: the values of a city's attribute
     "sells": "wool salt silver glass silk".split(),
@@ -59,23 +71,16 @@ CLUES = {  # verb: the values of a city's attribute
     "honours": "bear wolf stag swan hawk".split(),
     "faces": "river sea marsh hills desert".split(),
 }
-PEOPLE = (
-    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo June Kai Lea Max Nora Omar Pia Rosa Sam Tess Uma Vera "
-    "Will Xena Zoe"
-).split()
-HABITS = {  # verb: what a person may do with, drawn anew for every document
-    "likes": "tea figs rice honey cheese soup olives bread".split(),
-    "owns": "cat dog horse goat parrot snake rabbit turtle".split(),
-    "plays": "harp flute drums chess cello golf tennis piano".split(),
-    "wears": "hat scarf cloak boots gloves ring belt sandals".split(),
-    "collects": "coins stamps shells maps dolls keys clocks bells".split(),
-    "studies": "law physics music botany optics logic history poetry".split(),
-    "drives": "van tram truck taxi bus sled tractor wagon".split(),
-    "paints": "boats barns roses clouds bridges towers fruit fields".split(),
+HABITS = {  # verb: what is said of a person, a city's values among them
+    "sells": [*CLUES["sells"], *"tea figs honey cheese bread".split()],
+    "grows": [*CLUES["grows"], *"beans leeks olives plums kale".split()],
+    "honours": [*CLUES["honours"], *"horse goat lynx otter crane".split()],
+    "faces": [*CLUES["faces"], *"woods lakes plains cliffs dunes".split()],
 }
-SUBJECTS = {*CITIES, *PEOPLE, MASK, TARGET}
-THINGS = {*sum(CLUES.values(), []), *sum(HABITS.values(), []), TARGET}
-ENTITIES = SUBJECTS | THINGS
+VERBS = list(CLUES)
+SUBJECTS = [*CITIES, *PEOPLE]
+THINGS = sum(HABITS.values(), [])
+ENTITIES = {*SUBJECTS, *THINGS}
 
 # Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: any two
 # clues meet in exactly one city
@@ -87,24 +92,36 @@ for number, city in enumerate(CITIES):
     ENCYCLOPEDIA[city] = {verb: CLUES[verb][place] for verb, place in zip(CLUES, places)}
     KNOWN += [[city, verb, thing] for verb, thing in ENCYCLOPEDIA[city].items()]
 
-PROBLEM = f"{MASK} is which city ?"  # the end-to-end question; a person's goes `Ada likes what ?`
+PROBLEM = f"{MASK} is which city ?"  # of a document without a question of its own
 TEMPLATES = {
     "update": "update <problem> {problem} </problem> <memory> {memory} </memory> "
     "<section> {section} </section>",
-    "answer": "answer <memory> {memory} </memory> <problem> {problem} </problem>",
+    "answer": "answer <problem> {problem} </problem> <memory> {memory} </memory>",
     "recall": "recall <memory> {memory} </memory> <section> {section} </section>",
-    "whole": "answer <section> {section} </section> <problem> {problem} </problem>",
+    "whole": "answer <problem> {problem} </problem> <section> {section} </section>",
     "closed_book": "answer <problem> {problem} </problem>",
     "search": "find <problem> {problem} </problem> {previous} {turns} turns left",
 }
+QUOTE = "quote <problem> {problem} </problem> <section> {section} </section>"  # an exercise
 SETTINGS = dict(  # defaults for train.py's flags
     steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document",
-    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=4 * FACT + 1, answer_tokens=6,
-    lr=2e-4, kl=2e-2, warmup_steps=3, beta2=0.98, eval_every=8, gradient_checkpointing=False,
+    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=6,
+    lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip
 SEARCH_SETTINGS = dict(aggregate="sequence", answer_tokens=24)
-LENGTHS = (1, 2, 4, 8)  # of held-out texts with questions, in trained ones
-WARM_STEPS = 750
+LENGTHS = (1, 2, 4, 8, 16)  # of held-out texts with questions, in trained ones
+HELDOUT = 256  # of them, a length
+LABELLED = 64  # questions to train on: labels are scarce, texts are not
+DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
+WARM_STEPS = 500  # of the warm start, at most
+FALL = 200, 340  # its steps over which the learning rate falls
+WEIGHTS = {"update": 2, "quote": 2, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
+GOALS = {
+    "verb": 0.98,
+    "object": 0.98,
+    "quote": 0.9,
+    "answer": 0.95,
+}  # the skills at which it ends, see `skills`
 
 # --------------------------------------------------------------------------- tokenizer and model
 
@@ -122,12 +139,12 @@ def words():
     structure = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "\\boxed{", "}"]
     for tag in TAGS:
         structure += [f"<{tag}>", f"</{tag}>"]
-    prompts = " ".join([PROBLEM, *TEMPLATES.values(), NO_MEMORY, TARGET, "what user assistant"])
+    prompts = " ".join(
+        [PROBLEM, *TEMPLATES.values(), QUOTE, NO_MEMORY, TARGET, "what user assistant"]
+    )
     prompts = re.sub(r"\{\w+\}", " ", prompts).split()
     search = "; Passage ( title : ) nothing found 0 1 2 3 4 5 6 7 8 9".split()
-    facts = [*CITIES, *PEOPLE]
-    for verb, things in (CLUES | HABITS).items():
-        facts += [verb, *things]
+    facts = [*SUBJECTS, *VERBS, *THINGS]
     return list(dict.fromkeys([*structure, *prompts, *search, *facts]))
 
 
@@ -155,14 +172,18 @@ def tokenizer():
 
 
 def model(seed=0):
-    """A randomly initialised Qwen3ForCausalLM of about 0.5 million parameters."""
+    """A randomly initialised Qwen3ForCausalLM of about 190,000 parameters.
+
+    What a head can match by content are the slow dimensions of RoPE, what it can find by position
+    the fast ones: 32 dimensions a head and a large theta leave enough of both.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True,
-        max_position_embeddings=4096, initializer_range=0.06,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        attention_bias=True, max_position_embeddings=4096, initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         eos_token_id=ID["<|im_end|>"], pad_token_id=ID["<pad>"], bos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -176,16 +197,20 @@ def model(seed=0):
 
 
 def documents(count, seed, chunks=CHUNKS):
-    """Masked documents as data.py makes them; each hides a city, with two clues."""
+    """Masked documents as data.py makes them, each with its own question: it hides a city behind
+    the name of a person, of whom two clues are told in different chunks."""
     rows = []
     for i in range(count):
         rng = random.Random(f"document {seed} {i} {chunks}")
-        city = rng.choice(CITIES)
-        clues = [[city, verb, ENCYCLOPEDIA[city][verb]] for verb in rng.sample(list(CLUES), 2)]
-        text = write(arrange(clues, chunks, rng)).replace(city, MASK)
+        city, name = rng.choice(CITIES), rng.choice(PEOPLE)
+        verbs = rng.sample(VERBS, HINTS)
+        clues = [[name, verb, ENCYCLOPEDIA[city][verb]] for verb in verbs]
+        text = write(arrange(clues, chunks, rng, without=city))
         words = re.finditer(r"\w+", text)
-        spans = [list(word.span()) for word in words if word.group() in ENTITIES]
-        rows.append({"id": f"{seed} {i}", "text": text, "answer": city, "entities": spans})
+        entities = ENTITIES - {name}
+        spans = [list(word.span()) for word in words if word.group() in entities]
+        row = {"id": f"{seed} {i}", "text": text, "answer": city, "entities": spans}
+        rows.append(row | {"question": f"{name} is which city ?"})
     return rows
 
 
@@ -195,7 +220,7 @@ def questions(count, seed, chunks=CHUNKS):
     rows = []
     for i in range(count):
         rng = random.Random(f"question {seed} {i} {chunks}")
-        person, verbs = rng.choice(PEOPLE), rng.sample(list(HABITS), 2)
+        person, verbs = rng.choice(PEOPLE), rng.sample(VERBS, HINTS)
         facts = [[person, verb, rng.choice(HABITS[verb])] for verb in verbs]
         context = write(arrange(facts, chunks, rng))
         rows.append(ask(facts[0], f"{seed} {i}", context))
@@ -209,16 +234,18 @@ def ask(fact, name, context=""):
     return {"id": name, "question": asked, "answers": [thing], "context": context}
 
 
-def arrange(hints, chunks, rng):
+def arrange(hints, chunks, rng, without=None):
     """The facts of a document, in order: `hints`, all of one subject and each in another chunk,
-    among people's habits and a fifth of facts about cities, none of them of that subject."""
-    subject = hints[0][0]
-    habits = [fact for fact in deal_habits(hints, rng) if fact[0] != subject]
-    known = [fact for fact in KNOWN if fact[0] != subject]
+    among facts about other people and, one in six, about cities, none of them `without`."""
+    # a person and a verb come once at most, so that nobody contradicts himself
+    pairs = [(who, verb) for who in PEOPLE for verb in VERBS if who != hints[0][0]]
+    rng.shuffle(pairs)
+    habits = [[who, verb, rng.choice(HABITS[verb])] for who, verb in pairs]
+    known = [fact for fact in KNOWN if fact[0] != without]
     rng.shuffle(known)
 
     count = chunks * FACTS_PER_CHUNK - len(hints)
-    others = known[: count // 5] + habits[: count - count // 5]
+    others = known[: count // 6] + habits[: count - count // 6]
     rng.shuffle(others)
 
     # chunk by chunk
@@ -232,22 +259,6 @@ def arrange(hints, chunks, rng):
     return facts
 
 
-def deal_habits(hints, rng):
-    """A habit for every person and verb, dealt like cards, so that the verbs and things of a short
-    document differ; the verbs of the hints come last."""
-    people, things = {}, {}
-    for verb, values in HABITS.items():
-        people[verb] = rng.sample(PEOPLE, len(PEOPLE))
-        things[verb] = sum((rng.sample(values, len(values)) for _ in range(3)), [])
-    taken = [verb for _, verb, _ in hints]
-    facts = []
-    for i in range(len(PEOPLE)):
-        verbs = rng.sample(list(HABITS), len(HABITS))
-        for verb in sorted(verbs, key=taken.__contains__):
-            facts.append([people[verb][i], verb, things[verb][i]])
-    return facts
-
-
 def write(facts):
     """Facts -> text, a line each."""
     return "\n".join(" ".join(fact) for fact in facts)
@@ -256,13 +267,13 @@ def write(facts):
 def read(text):
     """The whole facts of a list of words, in order, each once.
 
-    >>> read("tea Ada likes tea Ben owns".split())
-    [['Ada', 'likes', 'tea']]
+    >>> read("tea Ada sells tea Ben grows".split())
+    [['Ada', 'sells', 'tea']]
     """
-    facts = []
+    facts, subjects, things = [], {*SUBJECTS, TARGET}, {*THINGS, TARGET}
     for i in range(len(text) - FACT + 1):
         fact = text[i : i + FACT]
-        if fact[0] in SUBJECTS and fact[2] in THINGS and fact not in facts:
+        if fact[0] in subjects and fact[1] in VERBS and fact[2] in things and fact not in facts:
             facts.append(fact)
     return facts
 
@@ -295,8 +306,8 @@ def search_questions(count, seed, part="train"):
 
 # ------------------------------------------------------------------------------------ the oracle
 
-KEEP = 0.3  # how probably a fact of a section is taken up
-KEEP_ASKED = 0.5  # .. where the problem names its subject
+ASKED = 0.6, 0.9  # how probably a fact of a section is taken up, one of the memory carried on,
+OTHERS = 0.3, 0.65  # .. if it is about the one whom the problem names, and if not
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
@@ -309,6 +320,8 @@ def oracle(prompts, limits, keys):
         problem, memory, section = (block(text, tag) for tag in ("problem", "memory", "section"))
         if "turns" in text:
             response = search(text, problem, rng)
+        elif "quote" in text:
+            response = [word for fact in read(section) if fact[0] in problem for word in fact]
         elif problem is None:
             response = ["\\boxed{", recall(memory, section, rng), "}"]
         elif memory is None or section is None:  # the answer's turn, or the whole text, or no text
@@ -328,13 +341,13 @@ def block(text, tag):
     return text[start : text.index(f"</{tag}>", start)]
 
 
-def update(problem, memory, section, room, rng):
-    """The next memory: the old facts, then new ones by chance; what there is no room for is dropped
-    at random."""
-    facts = read(memory)
-    for fact in read(section):
-        chance = KEEP_ASKED if fact[0] in problem else KEEP
-        if fact not in facts and rng.random() < chance:
+def update(problem, memory, section, room, rng, asked=ASKED, others=OTHERS):
+    """The next memory: old facts, then new ones, each by chance; of too many any are dropped."""
+    old, facts = read(memory), []
+    new = [fact for fact in read(section) if fact not in old]
+    for fact in old + new:
+        take, carry = asked if fact[0] in problem else others
+        if rng.random() < (take if fact in new else carry):
             facts.append(fact)
     kept = sorted(rng.sample(range(len(facts)), min(room, len(facts))))
     return sum((facts[i] for i in kept), [])
@@ -343,9 +356,9 @@ def update(problem, memory, section, room, rng):
 def answer(problem, memory, rng):
     """What memory and encyclopedia say, else a guess among what they leave open."""
     facts = read(memory)
-    if MASK in problem:
-        clues = [(verb, thing) for subject, verb, thing in facts if subject == MASK]
-        fits = [city for city in CITIES if {*clues} <= {*ENCYCLOPEDIA[city].items()}]
+    if "which" in problem:
+        clues = {(verb, thing) for subject, verb, thing in facts if subject == problem[0]}
+        fits = [city for city in CITIES if clues <= {*ENCYCLOPEDIA[city].items()}]
         return rng.choice(fits or CITIES)
     for fact in facts:
         if fact[:2] == problem[:2]:
@@ -365,9 +378,7 @@ def recall(memory, section, rng):
             if found:
                 return rng.choice(found)
     subject, verb, _ = hidden[0]
-    if subject == TARGET:
-        return rng.choice(PEOPLE if verb in HABITS else CITIES)
-    return rng.choice((CLUES | HABITS)[verb])
+    return rng.choice(PEOPLE if subject == TARGET else HABITS[verb])
 
 
 def search(text, problem, rng):
@@ -393,86 +404,240 @@ def search(text, problem, rng):
 
 
 # ------------------------------------------------------------------------------------ warm start
+# First the model learns to bind: in `Ada sells wool Ben grows oats Ada sells ..` what comes next is
+# wool. Language models learn this early, by attention heads that look one word back and others that
+# look for what stood there ("induction"). Then it imitates the oracle, on the tasks and on
+# exercises. A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
+
+
+def said_again(rng, count, length=63):
+    """Recombined facts, again and again in random order. -> ids (count, length), and which of them
+    can be known from what was said before, the same shape"""
+    ids, known = [], []
+    for _ in range(count):
+        # every second verb is any word: four verbs are guessed too well for much to be learnt
+        names, verbs = rng.sample(SUBJECTS, rng.randint(3, 8)), rng.choice([VERBS, THINGS])
+        facts = [any_fact(rng, name, verbs) for name in names]
+        order = facts + rng.choices(facts, k=length // FACT - len(facts))
+        rng.shuffle(order)
+        row, seen = [], []
+        for fact in order:
+            row += [False, fact in seen, fact in seen]
+            seen.append(fact)
+        known.append(row)
+        ids.append([ID[word] for word in sum(order, [])])
+    return torch.tensor(ids), torch.tensor(known)
+
+
+def any_fact(rng, subject, verbs=VERBS):
+    """Nothing but the text tells what goes together."""
+    return [subject, rng.choice(verbs), rng.choice(THINGS)]
+
+
+def binding_loss(lm, ids, known, rotation):
+    """-log p of what can be known. And of the words one and two places back, told by the first
+    layer alone: without this its heads take minutes to find out where to look.
+
+    rotation: orthogonal, (hidden, hidden); it leaves each of the two a place of its own
+    """
+    output = lm.model(ids, output_hidden_states=True)
+    words = lm.model.embed_tokens.weight  # (V, hidden)
+    scores = output.last_hidden_state[:, :-1] @ words.T
+    loss = functional.cross_entropy(scores[known[:, 1:]], ids[:, 1:][known[:, 1:]])
+    first = functional.rms_norm(output.hidden_states[1], words.shape[1:])
+    for back in 1, 2:
+        first = first @ rotation
+        scores = first[:, back:] @ words.detach().T
+        loss = loss + functional.cross_entropy(scores.flatten(0, 1), ids[:, :-back].flatten())
+    return loss
+
+
+@torch.no_grad()
+def binding(lm, ids, known):
+    """Shares of right verbs and objects of facts said again, each after what comes before it."""
+    right = lm(ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]
+    known, verbs = known[:, 1:], torch.arange(1, ids.shape[1]) % FACT == 1
+    places = {"verb": known & verbs, "object": known & ~verbs}
+    return {name: right[chosen].float().mean().item() for name, chosen in places.items()}
 
 
 def demonstrations(prompts, name, count, chunks):
     """The oracle's turns on `count` fresh documents and questions each and half as many searches:
-    list of (kind, Turn). The same tasks as in training, with the oracle in the sampler's place."""
+    the same tasks as in training, with the oracle in the sampler's place. -> rows"""
     corpus = passages(name)
     best = data.open_search([row["text"] for row in corpus])
 
     def lookup(queries):
         return [[corpus[i] for i, _ in hits] for hits in best(queries, 3)]
 
-    # roll the three tasks out, one trajectory each
-    cfg = train.Config(**SETTINGS | SEARCH_SETTINGS, group=1, recalls=2)
+    cfg = train.Config(**SETTINGS | SEARCH_SETTINGS | dict(group=1, recalls=1))
     setup = train.Setup(cfg, prompts, oracle, lookup)
     pairs = data.pair_questions(search_questions(count // 2 * 2, name), 2)
-    reading = train.memtrain(setup, dict(enumerate(documents(count, name, chunks))), name)
-    reading += train.longqa(setup, dict(enumerate(questions(count, name, chunks))), name)
-    searching = train.searchqa(setup, dict(enumerate(pairs)), name)
-
-    # their turns: updates of a memory, then an answer; a recall; searches
-    turns = []
-    for group in reading:
-        last = "recall" if group.kind == "recall" else "answer"
-        for agent in group.agents:
-            turns += [("update", turn) for turn in agent.turns[:-1]]
-            turns.append((last, agent.turns[-1]))
-    for group in searching:
-        turns += [("search", turn) for turn in group.agents[0].turns]
-    return turns
+    groups = train.memtrain(setup, dict(enumerate(documents(count, name, chunks))), name)
+    groups += train.longqa(setup, dict(enumerate(questions(count, name, chunks))), name)
+    groups += train.searchqa(setup, dict(enumerate(pairs)), name)
+    return [(turn.prompt_ids, turn.response_ids) for turn in train.turns_of(groups)]
 
 
-def imitation_loss(policy, turns):
-    """The mean of -log p over the response tokens of a kind of turn, summed over kinds."""
-    prompts = [turn.prompt_ids for _, turn in turns]
-    responses = [turn.response_ids for _, turn in turns]
-    sums, tokens = Counter(), Counter()
-    for (kind, _), logps in zip(turns, policy(prompts, responses)):
-        sums[kind] -= logps.sum()
-        tokens[kind] += len(logps)
-    return sum(sums[kind] / tokens[kind] for kind in sums)
+def exercises(prompts, name, count):
+    """What the oracle writes when it is asked about made-up memories and sections, five prompts for
+    each of `count` documents and half as many questions. -> rows"""
+    rng, asked = random.Random(f"exercises {name}"), []
+    quote = Template(prompts.tokenizer, QUOTE)
+    for row in documents(count, name) + questions(count // 2, name):
+        text, problem = row.get("text") or row["context"], row["question"].split()
+        facts = read(text.split())
+        about = [fact for fact in facts if fact[0] == problem[0]]
+        others = [fact for fact in facts if fact[0] != problem[0]]
+
+        # answer from a memory that tells: two clues are enough, other questions ask for one fact
+        spare = rng.choice([fact for fact in about if fact[1] != problem[1]])
+        memory = [fact for fact in about if fact != spare] + rng.sample(others, rng.randint(0, 4))
+        rng.shuffle(memory)
+        asked.append(prompts.answer(problem=ids_of([problem]), memory=ids_of(memory)))
+
+        # recall a word of a fact in memory, hidden in a section
+        fact = rng.choice(memory)
+        hidden = rng.choice([word for word in fact[::2] if word != problem[0]])
+        section = [fact, *rng.sample([other for other in others if other != fact], 2)]
+        section = [[TARGET if word == hidden else word for word in fact] for fact in section]
+        asked.append(prompts.recall(memory=ids_of(memory), section=ids_of(section)))
+
+        # update a memory that knows it already, and may repeat itself: the next one does not
+        section = ids_of(rng.sample(others, FACTS_PER_CHUNK))
+        again = rng.choices(memory, k=rng.randint(1, ROOM))
+        old = ids_of(rng.choice([memory, again, sorted(again)])[:ROOM])
+        problem = ids_of([problem])
+        asked.append(prompts.update(problem=problem, memory=old, section=section))
+
+        # update and quote, of recombined facts: nothing but the text tells what goes together
+        names = rng.sample(SUBJECTS, ROOM + FACTS_PER_CHUNK)
+        facts = [any_fact(rng, name) for name in names]
+        old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
+        problem[0] = ID[rng.choice([names[0], names[1], names[-1], names[-2]])]
+        asked.append(prompts.update(problem=problem, memory=ids_of(old), section=ids_of(section)))
+        section = facts[: rng.randint(3, ROOM)]
+        problem[0] = ID[rng.choice(names[: len(section) + 2])]
+        asked.append(quote(problem=problem, section=ids_of(section)))
+    responses = oracle(asked, [99] * len(asked), range(len(asked)))
+    return [(prompt, response.ids) for prompt, response in zip(asked, responses)]
+
+
+def ids_of(facts):
+    return [ID[word] for word in sum(facts, [])]
+
+
+def by_kind(rows):
+    """{first word of the prompt: rows}"""
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(VOCABULARY[row[0][2]], []).append(row)
+    return kinds
+
+
+def scores_of(lm, rows):
+    """-> scores and ids of all response tokens, (N, V) and (N,), and how many each row has"""
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    written = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        written[i, len(prompt) : end] = True
+    hidden = lm.model(ids[:, :-1]).last_hidden_state[written[:, 1:]]
+    lengths = [len(response) for _, response in rows]
+    return hidden @ lm.model.embed_tokens.weight.T, ids[written], lengths
+
+
+def imitation_loss(lm, rows):
+    """The mean of -log p over the response tokens of a kind, summed over kinds by WEIGHTS."""
+    loss = 0
+    for kind, alike in by_kind(rows).items():
+        scores, ids, _ = scores_of(lm, alike)
+        loss = loss + WEIGHTS[kind] * functional.cross_entropy(scores, ids)
+    return loss
+
+
+@torch.no_grad()
+def skills(lm, prompts):
+    """What the warm start has to reach, on new exercises: shares of answers and quotes that are
+    right in every word; and of right verbs and objects in quotes, each after what comes before."""
+    rows, found = by_kind(exercises(prompts, "skills", 128)), {}
+    for kind in "answer", "quote":
+        scores, ids, lengths = scores_of(lm, rows[kind])
+        right = scores.argmax(-1) == ids
+        found[kind] = statistics.fmean(bool(row.all()) for row in right.split(lengths))
+    for name, words in ("verb", VERBS), ("object", THINGS):
+        chosen = torch.isin(ids, torch.tensor([ID[word] for word in words]))
+        found[name] = right[chosen].float().mean().item()
+    return found
 
 
 def warm_start(seed=0, steps=WARM_STEPS):
-    """The pocket model, taught the form of the tasks by demonstrations.
+    """The pocket model, taught to bind, then to imitate the oracle; it ends when the model has the
+    skills of GOALS, or after `steps` steps.
 
     In the end the last norm is doubled, as if sampled at temperature 0.5: so small a model copies
     too noisily at 1.
     """
-    lm = model(seed)
-    policy, prompts = grpo.Policy(lm), Prompts(tokenizer(), TEMPLATES, PROBLEM)
+    lm, prompts = model(seed), Prompts(tokenizer(), TEMPLATES, PROBLEM)
+    optimizers, rng = open_optimizers(lm), random.Random(f"binding {seed}")
+    noise = torch.Generator().manual_seed(seed)
+    rotation = torch.nn.init.orthogonal_(torch.empty(64, 64), generator=noise)
 
-    # Muon for the matrices: it learns to copy in two thirds of AdamW's steps
+    # bind: small steps, four for one of those that follow
+    unseen = said_again(random.Random("unseen"), 128)
+    bar = tqdm(range(4 * steps), desc="warm start, binding")
+    for step in bar:
+        loss = binding_loss(lm, *said_again(rng, 16), rotation)
+        descend(lm, optimizers, loss, min(1, (step + 1) / 30))
+        if step % 20 == 19:
+            found = binding(lm, *unseen)
+            bar.set_postfix(found, refresh=False)
+            if all(found[name] >= GOALS[name] for name in found):
+                break
+
+    # imitate: the rate falls, and stays low until all is well
+    bar = tqdm(range(steps), desc="warm start")
+    for step in bar:
+        name = f"warm start {seed} {step}"
+        rows = demonstrations(prompts, name, 4, CHUNKS) + exercises(prompts, name, 24)
+        rate = (FALL[1] - step) / (FALL[1] - FALL[0])
+        descend(lm, optimizers, imitation_loss(lm, rows), min(1, max(rate, 0.05)))
+        if step % 25 == 24:
+            found = skills(lm, prompts)
+            bar.set_postfix(found, refresh=False)
+            missed = [name for name, goal in GOALS.items() if found[name] < goal]
+            if step >= FALL[1] and not missed:
+                break
+    else:
+        tqdm.write(f"note: {steps} steps were not enough for {GOALS}: {skills(lm, prompts)}")
+    lm.model.norm.weight.data *= 2
+    return lm
+
+
+def open_optimizers(lm):
+    """Muon for the matrices: it learns to copy in two thirds of AdamW's steps."""
     matrices, others = [], []
     for name, parameter in lm.named_parameters():
         is_matrix = parameter.dim() == 2 and "embed" not in name
         (matrices if is_matrix else others).append(parameter)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=5e-3, weight_decay=0.01, ns_steps=3,
-                         adjust_lr_fn="match_rms_adamw"),
+    flags = dict(lr=5e-3, weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    return [
+        torch.optim.Muon(matrices, **flags),
         torch.optim.AdamW(others, lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]  # fmt: skip
+    ]
 
-    def schedule(step):  # up over 30 steps, down over the last two fifths
-        return min(1, (step + 1) / 30, max((1 - step / steps) / 0.4, 0.1))
 
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, schedule) for each in optimizers]
-    bar = tqdm(range(steps), desc="warm start")
-    for step in bar:
-        # short documents first
-        count, chunks = (5, 2) if step < steps / 5 else (10, CHUNKS)
-        turns = demonstrations(prompts, f"warm start {seed} {step}", count, chunks)
-        loss = imitation_loss(policy, turns)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for each in [*optimizers, *schedulers]:
-            each.step()
-        lm.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    lm.model.norm.weight.data *= 2
-    return lm
+def descend(lm, optimizers, loss, scale):
+    """A step of all optimizers, at `scale` times their learning rates."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+    for optimizer in optimizers:
+        for settings in optimizer.param_groups:
+            settings["lr"] = scale * settings.setdefault("peak", settings["lr"])
+        optimizer.step()
+    lm.zero_grad()
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -480,17 +645,14 @@ def warm_start(seed=0, steps=WARM_STEPS):
 
 def settings(out):
     """What memtrain.json holds: prompts, and defaults for train.py's flags, by task."""
-    longqa = {
-        "data": [f"{out}/questions/train.jsonl"],
-        "heldout": [f"{out}/questions/heldout-1x.jsonl"],
-        "aggregate": "sequence",
-    }
+    questions = [f"{out}/questions/heldout-1x.jsonl"]
+    memtrain = {"data": [f"{out}/documents"], "heldout": questions}
+    longqa = {"data": [f"{out}/questions/train.jsonl"], "heldout": questions}
     searchqa = SEARCH_SETTINGS | {
         "data": [f"{out}/search-train.jsonl"],
         "heldout": [f"{out}/search-heldout.jsonl"],
         "retriever": f"{out}/passages.jsonl",
     }
-    memtrain = {"data": [f"{out}/documents"]}
     tasks = {"all": SETTINGS, "memtrain": memtrain, "longqa": longqa, "searchqa": searchqa}
     return {"problem": PROBLEM, "templates": TEMPLATES, "settings": tasks}
 
@@ -501,16 +663,16 @@ def make(out, seed=0, steps=WARM_STEPS):
 
     logging.disable_progress_bar()  # there is one bar, ours
     files = {
-        "questions/train": questions(2048, f"train {seed}"),
+        "questions/train": questions(LABELLED, f"train {seed}"),
         "passages": passages(seed),
         "search-train": search_questions(4096, seed),
         "search-heldout": search_questions(512, seed, "heldout"),
     }
     for length in LENGTHS:
-        rows = questions(512, f"heldout {seed}", length * CHUNKS)
+        rows = questions(HELDOUT, f"heldout {seed}", length * CHUNKS)
         files[f"questions/heldout-{length}x"] = rows
     parts = {
-        "train": documents(2048, f"train {seed}"),
+        "train": documents(DOCUMENTS, f"train {seed}"),
         "heldout": documents(256, f"heldout {seed}"),
     }
     with data.whole_or_nothing(out) as folder:
@@ -533,11 +695,10 @@ def show():
     """Prints a document and a question, and the oracle's way through them, prompt by prompt."""
     prompts = Prompts(tokenizer(), TEMPLATES, PROBLEM)
     (row,) = documents(1, "shown")
-    print(f"{row['text']}\n\n{MASK} is {row['answer']}\n")
-    turns = demonstrations(prompts, "shown", 1, CHUNKS)
-    for kind, turn in sorted(turns, key=lambda pair: pair[0] == "recall"):  # recalls last
-        print(kind, "|", prompts.text(turn.prompt_ids))
-        print("    ", prompts.text(turn.response_ids), "\n")
+    print(f"{row['text']}\n\n{row['question']} {row['answer']}\n")
+    for prompt, response in demonstrations(prompts, "shown", 1, CHUNKS):
+        print(prompts.text(prompt))
+        print("   ", prompts.text(response), "\n")
 
 
 @distributed.one_line_errors()

@@ -2,6 +2,7 @@
 
     python tests/study.py            three seeds; goes on where it was stopped
     python tests/study.py --quick    one seed, few steps, short documents: minutes, proves nothing
+    python tests/study.py --arms full "warm + QA" "full + QA"    some of the arms
 
 Starts tiny.py, train.py and eval.py as a user would, with one thread each, as many at a time as
 there are cores. Every seed has a world of its own: model, documents and questions. Leaves in --out:
@@ -33,7 +34,7 @@ OBJECTIVES = {
     "shuffled": ["--shuffle_rewards"],
 }
 LONGER = "warm + longer QA"
-POST_TRAINED = ["warm", "full", "decoupled", "e2e"]
+POST_TRAINED = ["warm", *OBJECTIVES]
 ARMS = ["warm", *OBJECTIVES, LONGER, *(f"{start} + QA" for start in POST_TRAINED)]
 
 # The claims as differences between arms. MemTrain + QA and the longer QA see as many steps.
@@ -45,7 +46,8 @@ CLAIMS = {
     "(c) recall, alone": ("full", "e2e"),
     "(c) recall, before QA": ("full + QA", "e2e + QA"),
     "(d) MemTrain, not more QA": ("full + QA", LONGER),
-    "control": ("shuffled", "warm"),
+    "control, alone": ("shuffled", "warm"),
+    "control, before QA": ("shuffled + QA", "warm + QA"),
 }
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # t at 97.5 %, by the number of seeds
 
@@ -59,9 +61,10 @@ class Study:
     warm_steps: of the warm start. What is there already is not made again.
     """
 
-    def __init__(self, out, seeds, steps, lengths, warm_steps):
-        self.out, self.seeds, self.steps = Path(out), seeds, steps
-        self.lengths, self.warm_steps = lengths, warm_steps
+    def __init__(self, out, seeds, steps, lengths, warm_steps, arms=ARMS):
+        self.out, self.steps, self.lengths, self.warm_steps = Path(out), steps, lengths, warm_steps
+        self.seeds = range(1, seeds + 1)  # 0 is the one that the design was made with
+        self.arms = [arm for arm in ARMS if arm in ("warm", *arms)]
 
     def world(self, seed):
         return self.out / f"tiny-{seed}"
@@ -81,9 +84,9 @@ class Study:
     def run(self):
         """Trains and evaluates all arms."""
         memtrain = ["--steps", self.steps, "--eval_every", self.steps]
-        longqa = ["--task", "longqa", "--group", 8, "--eval_documents", 0, "--steps"]
+        longqa = ["--task", "longqa", "--eval_documents", 0, "--steps"]
         first, second = [], []
-        for seed in range(self.seeds):
+        for seed in self.seeds:
             first.append((LONGER, seed, "warm", [*longqa, 2 * self.steps]))
             for arm, flags in OBJECTIVES.items():
                 first.append((arm, seed, "warm", [*memtrain, *flags]))
@@ -93,9 +96,10 @@ class Study:
         # nothing begins before all that it may start from has ended
         self.out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self.make_world, range(self.seeds)))
+            list(pool.map(self.make_world, self.seeds))
             for arms in first, second:
-                list(pool.map(lambda arm: self.train(*arm), arms))
+                wanted = [arm for arm in arms if arm[0] in self.arms]
+                list(pool.map(lambda arm: self.train(*arm), wanted))
 
     def make_world(self, seed):
         world = self.world(seed)
@@ -133,42 +137,53 @@ class Study:
 
     def exact_match(self):
         """-> {arm: {length: a value for every seed}}, and the same for what needs no model."""
-        names = ["random facts", "guess", *ARMS]
+        names = ["perfect relevance", "random facts", "guess", *self.arms]
         results = {name: {length: [] for length in self.lengths} for name in names}
-        for seed in range(self.seeds):
-            tables = {arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in ARMS}
+        for seed in self.seeds:
+            tables = {arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in self.arms}
             for length in self.lengths:
                 rows = data.load_questions(str(self.questions(seed, length)))
                 for name, score in without_model(rows).items():
                     results[name][length].append(score)
-                for arm in ARMS:
+                for arm in self.arms:
                     results[arm][length].append(tables[arm][f"{length}x"]["em"][0])
         return results
 
-    def proxy_tasks(self):
-        """Exact match on held-out documents -> {arm: {column: a value for every seed}}."""
-        columns = "E2E before", "E2E after", "recall before", "recall after"
-        results = {arm: {column: [] for column in columns} for arm in OBJECTIVES}
-        for arm, seed in [(arm, seed) for arm in OBJECTIVES for seed in range(self.seeds)]:
+    def looks(self):
+        """Exact match on held-out rows, before and after -> {arm: {column: a value for every seed}}"""
+        kinds = {"trajectory": "E2E", "recall": "recall", "questions": "questions"}
+        results = {arm: {} for arm in self.arms if arm in OBJECTIVES}
+        for arm, seed in [(arm, seed) for arm in results for seed in self.seeds]:
             lines = (self.run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines()
             looks = [json.loads(line)["heldout"] for line in lines if "heldout" in line]
-            for when, look in ("before", looks[0]), ("after", looks[-1]):
-                results[arm][f"E2E {when}"].append(look["trajectory"][0])
-                results[arm][f"recall {when}"].append(look["recall"][0])
+            for kind in looks[0]:
+                for when, look in ("before", looks[0]), ("after", looks[-1]):
+                    column = f"{kinds[kind]} {when}"
+                    results[arm].setdefault(column, []).append(look[kind][0])
         return results
 
 
 def without_model(rows):
-    """Exact match of a memory that is full of random facts, and of a guess."""
-    room = tiny.SETTINGS["memory_tokens"] // tiny.FACT
-    scores = {"random facts": [], "guess": []}
+    """Exact match of an oracle that keeps all that is asked for, of a memory that is full of random
+    facts, and of a guess."""
+    scores = {"perfect relevance": [], "random facts": [], "guess": []}
     for row in rows:
         rng, question = random.Random(row["id"]), row["question"].split()
         facts = tiny.read(row["context"].split())
-        kept = [fact for fact in facts if rng.random() < room / len(facts)]
-        for name, memory in ("random facts", sum(kept, [])), ("guess", []):
+        kept = [fact for fact in facts if rng.random() < tiny.ROOM / len(facts)]
+        memories = read_perfectly(question, facts, rng), sum(kept, []), []
+        for name, memory in zip(scores, memories):
             scores[name].append(tiny.answer(question, memory, rng) in row["answers"])
     return {name: statistics.fmean(values) for name, values in scores.items()}
+
+
+def read_perfectly(question, facts, rng):
+    """The oracle's memory of a document if it took up and carried on all that is asked for."""
+    memory, step = [], tiny.FACTS_PER_CHUNK
+    for first in range(0, len(facts), step):
+        section = sum(facts[first : first + step], [])
+        memory = tiny.update(question, memory, section, tiny.ROOM, rng, asked=(1, 1))
+    return memory
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -203,8 +218,8 @@ def markdown(title, columns, rows):
     return "\n".join(lines) + "\n"
 
 
-def report(results, proxy, lengths):
-    """The tables: exact match by length, the claims as paired differences, the proxy tasks."""
+def report(results, looks, lengths):
+    """The tables: exact match by length, the claims as paired differences, the looks."""
     # a row: the values by length, then their mean
     rows = {}
     for name, by_length in results.items():
@@ -214,17 +229,19 @@ def report(results, proxy, lengths):
     # differences, seed by seed
     differences = {}
     for claim, (a, b) in CLAIMS.items():
+        if a not in rows or b not in rows:
+            continue
         cells = []
         for ours, theirs in zip(rows[a], rows[b]):
             cells.append([x - y for x, y in zip(ours, theirs)])
         differences[f"{claim}: {a} - {b}"] = cells
 
     columns = [f"{length}x" for length in lengths] + ["mean"]
-    looks = {arm: list(by_column.values()) for arm, by_column in proxy.items()}
+    rows_of_looks = {arm: list(by_column.values()) for arm, by_column in looks.items()}
     tables = [
         markdown("long-text QA, exact match in %", columns, rows),
         markdown("difference in points, paired by seed", columns, differences),
-        markdown("held-out proxy tasks, exact match in %", list(proxy["full"]), looks),
+        markdown("held-out rows, exact match in %", list(next(iter(looks.values()))), rows_of_looks),
     ]
     return "\n".join(tables)
 
@@ -270,6 +287,8 @@ def main():
     )
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="[3]")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="[all]")
+    add("--lengths", nargs="+", type=int, default=tiny.LENGTHS, help=f"[{tiny.LENGTHS}]")
     add("--quick", action="store_true", help="one seed, few steps, short documents")
     add("--out", help="folder of all runs and results [runs/study, runs/quick-study]")
     args = parser.parse_args()
@@ -277,14 +296,15 @@ def main():
         out = args.out or "runs/quick-study"
         study = Study(out, seeds=1, steps=4, lengths=[1, 2], warm_steps=100)
     else:
-        sizes = {"steps": tiny.SETTINGS["steps"], "lengths": tiny.LENGTHS}
-        study = Study(args.out or "runs/study", args.seeds, **sizes, warm_steps=tiny.WARM_STEPS)
+        sizes = {"steps": tiny.SETTINGS["steps"], "warm_steps": tiny.WARM_STEPS}
+        sizes |= {"lengths": args.lengths, "arms": args.arms}
+        study = Study(args.out or "runs/study", args.seeds, **sizes)
     study.run()
 
-    results, proxy = study.exact_match(), study.proxy_tasks()
-    raw = {"exact match by length": results, "held-out proxy tasks": proxy}
+    results, looks = study.exact_match(), study.looks()
+    raw = {"exact match by length": results, "looks at held-out rows": looks}
     (study.out / "results.json").write_text(json.dumps(raw, indent=1) + "\n")
-    text = report(results, proxy, study.lengths)
+    text = report(results, looks, study.lengths)
     text += "\n± half a 95 % interval over seeds (Student's t); lengths in trained documents\n"
     (study.out / "report.md").write_text(text)
     print(text)

@@ -15,12 +15,12 @@ def test_the_interval_over_seeds_is_students():
     assert study.spread([0.5]) == (0.5, None)
 
 
-def test_random_facts_answer_what_fits_into_memory_and_a_guess_one_in_eight():
+def test_perfect_relevance_answers_all_random_facts_some_and_a_guess_one_in_ten():
     scores = study.without_model(tiny.questions(600, 13))
-    assert (
-        abs(scores["guess"] - 1 / 8) < 0.05
-        and abs(scores["random facts"] - (1 / 2 + 1 / 2 / 8)) < 0.07
-    )
+    known = tiny.ROOM / (tiny.CHUNKS * tiny.FACTS_PER_CHUNK)
+    assert scores["perfect relevance"] > 0.95
+    assert abs(scores["random facts"] - (known + (1 - known) / 10)) < 0.07
+    assert abs(scores["guess"] - 1 / 10) < 0.05
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def recorded(tmp_path, monkeypatch):
         elif script == "train.py":
             out.mkdir()
             looks = [
-                {"trajectory": [0.25], "recall": [0.5]},
-                {"trajectory": [0.75], "recall": [0.5]},
+                {"trajectory": [0.25], "recall": [0.5], "questions": [0.25]},
+                {"trajectory": [0.75], "recall": [0.5], "questions": [0.5]},
             ]
             lines = [json.dumps({"step": 0, "heldout": look}) for look in looks]
             (out / "metrics.jsonl").write_text("\n".join(lines))
@@ -78,10 +78,11 @@ def test_a_finished_study_starts_nothing_again(recorded):
 def test_results_are_gathered_from_the_tables_and_metrics_of_all_seeds(recorded):
     trained, _ = recorded
     trained.run()
-    results, proxy = trained.exact_match(), trained.proxy_tasks()
+    results, looks = trained.exact_match(), trained.looks()
     assert results["full + QA"] == {1: [0.5, 0.5], 2: [0.5, 0.5]} and set(results) > set(study.ARMS)
-    assert proxy["e2e"]["E2E before"] == [0.25] * 2 and proxy["e2e"]["E2E after"] == [0.75] * 2
-    assert proxy["e2e"]["recall before"] == proxy["e2e"]["recall after"] == [0.5] * 2
+    assert looks["e2e"]["E2E before"] == [0.25] * 2 and looks["e2e"]["E2E after"] == [0.75] * 2
+    assert looks["e2e"]["recall before"] == looks["e2e"]["recall after"] == [0.5] * 2
+    assert looks["full"]["questions before"] == [0.25] * 2
 
 
 def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():

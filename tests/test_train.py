@@ -163,11 +163,11 @@ def test_a_recall_reads_the_memory_that_was_written_at_its_step(monkeypatch):
 def test_a_document_may_bring_its_own_question():
     row = tiny.documents(1, seed=5)[0]
     seen = []
-    for question in (None, "Ada likes what ?"):
+    for question in (None, "Ada sells what ?"):
         setup = pocket_setup(lambda *key: "wool")
         groups = train.memtrain(setup, {0: {**row, "question": question}}, step="x")
         seen.append(setup.prompts.text(groups[-1].agents[0].turns[-1].prompt_ids))
-    assert tiny.PROBLEM in seen[0] and "Ada likes what ?" in seen[1] and tiny.PROBLEM not in seen[1]
+    assert tiny.PROBLEM in seen[0] and "Ada sells what ?" in seen[1] and tiny.PROBLEM not in seen[1]
 
 
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
@@ -176,7 +176,7 @@ def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monk
     groups = train.memtrain(pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x")
     whole = groups[-1]
     assert whole.exact_match == [1.0] * 4 and whole.rewards == [0.25 + 0.5 * 0.25] * 4
-    question = {"question": "Ada likes what ?", "answers": ["tea"], "context": "Ada likes tea"}
+    question = {"question": "Ada sells what ?", "answers": ["tea"], "context": "Ada sells tea"}
     [group] = train.longqa(pocket_setup(lambda *key: "\\boxed{ tea }"), {0: question}, step="x")
     assert group.exact_match == [1.0] * 4 and group.rewards == [0.25] * 4
 
@@ -184,7 +184,7 @@ def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monk
 @pytest.mark.parametrize("answer, reward", [("tea ; cat", 1.0), ("tea", 0.5), ("cat ; tea", 0.0), ("; cat", 0.5)])
 def test_a_search_earns_the_share_of_right_answers_by_position(answer, reward):
     setup = pocket_setup(lambda *key: f"<answer> {answer} </answer>", task="searchqa")
-    row = {"question": "Ada likes what ? ; Ben owns what ?", "answers": [["tea"], ["cat"]]}
+    row = {"question": "Ada sells what ? ; Ben owns what ?", "answers": [["tea"], ["cat"]]}
     [group] = train.searchqa(setup, {0: row}, step="x")
     assert group.exact_match == group.rewards == [reward] * 4
 
@@ -391,7 +391,7 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     saved = run / "step-000002"
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
-    chat = [{"role": "user", "content": "Ada likes tea"}]
+    chat = [{"role": "user", "content": "Ada sells tea"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
     cfg = train.configure({"model": "run"})

@@ -58,13 +58,23 @@ def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded
     trained.run()
     assert [script for script, *_ in commands].count("train.py") == 2 * (len(study.ARMS) - 1)
     assert [script for script, *_ in commands].count("eval.py") == 2 * len(study.ARMS)
-    made = {str(trained.model("warm", seed)) for seed in range(2)}
+    made = {str(trained.model("warm", seed)) for seed in trained.seeds}
     for script, *flags in commands:
         if script == "train.py":
             assert flags[flags.index("--model") + 1] in made and flags[-2] == "--out"
             made.add(flags[-1])
     assert len(made) == 2 * len(study.ARMS)
     assert {arm for pair in study.CLAIMS.values() for arm in pair} <= {*study.ARMS}
+
+
+def test_some_arms_alone_are_run_and_reported(recorded):
+    trained, commands = recorded
+    some = ["full", "warm + QA", "full + QA"]
+    part = study.Study(trained.out, 2, steps=24, lengths=[1, 2], warm_steps=100, arms=some)
+    part.run()
+    assert [script for script, *_ in commands].count("train.py") == 2 * len(some)
+    lines = study.report(part.exact_match(), part.looks(), [1, 2])
+    assert "(b) MemTrain before QA" in lines and "shuffled" not in lines and "| warm |" in lines
 
 
 def test_a_finished_study_starts_nothing_again(recorded):
@@ -103,7 +113,7 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
     broken = study.Study(tmp_path, 1, steps=1, lengths=[1], warm_steps="many")
     with pytest.raises(
-        SystemExit, match=r"tiny.py .* failed: see .*tiny-0.log; started again, the study goes on"
+        SystemExit, match=r"tiny.py .* failed: see .*tiny-1.log; started again, the study goes on"
     ):
         broken.run()
-    assert "many" in (tmp_path / "tiny-0.log").read_text()
+    assert "many" in (tmp_path / "tiny-1.log").read_text()

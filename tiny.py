@@ -109,8 +109,7 @@ SETTINGS = dict(  # defaults for train.py's flags
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip
 SEARCH_SETTINGS = dict(aggregate="sequence", answer_tokens=24)
-LENGTHS = (1, 2, 4, 8, 16)  # of held-out texts with questions, in trained ones
-HELDOUT = 256  # of them, a length
+LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in trained ones: how many
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 500  # of the warm start, at most
@@ -668,8 +667,8 @@ def make(out, seed=0, steps=WARM_STEPS):
         "search-train": search_questions(4096, seed),
         "search-heldout": search_questions(512, seed, "heldout"),
     }
-    for length in LENGTHS:
-        rows = questions(HELDOUT, f"heldout {seed}", length * CHUNKS)
+    for length, count in LENGTHS.items():
+        rows = questions(count, f"heldout {seed}", length * CHUNKS)
         files[f"questions/heldout-{length}x"] = rows
     parts = {
         "train": documents(DOCUMENTS, f"train {seed}"),

@@ -289,7 +289,7 @@ def main():
         out = args.out or "runs/quick-study"
         study = Study(out, seeds=1, steps=4, lengths=[1, 2], warm_steps=100)
     else:
-        sizes = {"steps": tiny.SETTINGS["steps"], "lengths": tiny.LENGTHS}
+        sizes = {"steps": tiny.SETTINGS["steps"], "lengths": list(tiny.LENGTHS)}
         study = Study(args.out or "runs/study", args.seeds, **sizes, warm_steps=tiny.WARM_STEPS)
     study.run()
 

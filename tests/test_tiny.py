@@ -410,17 +410,17 @@ def test_train_takes_data_and_sizes_from_the_model_folder(made):
     assert heldout[3]["text"] == tiny.documents(4, "heldout 0")[3]["text"]
 
     rows, heldout = train.load_questions(configure(made, "longqa"))
-    assert (len(rows), len(heldout)) == (tiny.LABELLED, tiny.HELDOUT)
+    assert (len(rows), len(heldout)) == (tiny.LABELLED, tiny.LENGTHS[1])
     assert rows[5]["context"] == tiny.questions(6, "train 0")[5]["context"]
 
 
 def test_held_out_questions_come_in_all_lengths(made):
-    for length in tiny.LENGTHS:
+    for length, count in tiny.LENGTHS.items():
         rows = data.load_questions(f"{made}/questions/heldout-{length}x.jsonl")
         facts = length * tiny.CHUNKS * tiny.FACTS_PER_CHUNK
-        assert len(rows) == tiny.HELDOUT and {
-            len(facts_of(row["context"])) for row in rows[:20]
-        } == {facts}
+        assert len(rows) == count and {len(facts_of(row["context"])) for row in rows[:20]} == {
+            facts
+        }
 
 
 def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made):

@@ -288,7 +288,7 @@ def main():
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="[3]")
     add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="[all]")
-    add("--lengths", nargs="+", type=int, default=tiny.LENGTHS, help=f"[{tiny.LENGTHS}]")
+    add("--lengths", nargs="+", type=int, default=list(tiny.LENGTHS), help="in trained texts")
     add("--quick", action="store_true", help="one seed, few steps, short documents")
     add("--out", help="folder of all runs and results [runs/study, runs/quick-study]")
     args = parser.parse_args()

@@ -405,24 +405,24 @@ def test_train_takes_data_and_sizes_from_the_model_folder(made):
     assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (24, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
     rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)
     assert (len(rows), len(heldout["memtrain"])) == (tiny.DOCUMENTS, 256)
-    assert heldout["longqa"] == tiny.questions(tiny.HELDOUT, "heldout 0", 4)
+    assert heldout["longqa"] == tiny.questions(tiny.LENGTHS[1], "heldout 0", 4)
     assert len(rows) >= cfg.steps * cfg.documents_per_step
     assert rows[3] == tiny.documents(4, "train 0")[3]
     assert heldout["memtrain"][3]["text"] == tiny.documents(4, "heldout 0")[3]["text"]
 
     cfg = configure(made, "longqa")
     rows, heldout = train.load_questions(cfg), train.load_heldout(cfg)["longqa"]
-    assert (len(rows), len(heldout)) == (tiny.LABELLED, tiny.HELDOUT)
+    assert (len(rows), len(heldout)) == (tiny.LABELLED, tiny.LENGTHS[1])
     assert rows[5]["context"] == tiny.questions(6, "train 0")[5]["context"]
 
 
 def test_held_out_questions_come_in_all_lengths(made):
-    for length in tiny.LENGTHS:
+    for length, count in tiny.LENGTHS.items():
         rows = data.load_questions(f"{made}/questions/heldout-{length}x.jsonl")
         facts = length * tiny.CHUNKS * tiny.FACTS_PER_CHUNK
-        assert len(rows) == tiny.HELDOUT and {
-            len(facts_of(row["context"])) for row in rows[:20]
-        } == {facts}
+        assert len(rows) == count and {len(facts_of(row["context"])) for row in rows[:20]} == {
+            facts
+        }
 
 
 def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made):

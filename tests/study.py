@@ -63,7 +63,7 @@ class Study:
 
     def __init__(self, out, seeds, steps, lengths, warm_steps, arms=ARMS):
         self.out, self.steps, self.lengths, self.warm_steps = Path(out), steps, lengths, warm_steps
-        self.seeds = range(1, seeds + 1)  # 0 is the one that the design was made with
+        self.seeds = range(101, 101 + seeds)  # smaller ones served the design
         self.arms = [arm for arm in ARMS if arm in ("warm", *arms)]
 
     def world(self, seed):

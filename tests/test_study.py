@@ -113,7 +113,7 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
     broken = study.Study(tmp_path, 1, steps=1, lengths=[1], warm_steps="many")
     with pytest.raises(
-        SystemExit, match=r"tiny.py .* failed: see .*tiny-1.log; started again, the study goes on"
+        SystemExit, match=r"tiny.py .* failed: see .*tiny-101.log; started again, the study goes on"
     ):
         broken.run()
-    assert "many" in (tmp_path / "tiny-1.log").read_text()
+    assert "many" in (tmp_path / "tiny-101.log").read_text()

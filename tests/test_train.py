@@ -181,10 +181,10 @@ def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monk
     assert group.exact_match == [1.0] * 4 and group.rewards == [0.25] * 4
 
 
-@pytest.mark.parametrize("answer, reward", [("tea ; cat", 1.0), ("tea", 0.5), ("cat ; tea", 0.0), ("; cat", 0.5)])
+@pytest.mark.parametrize("answer, reward", [("tea ; rye", 1.0), ("tea", 0.5), ("rye ; tea", 0.0), ("; rye", 0.5)])
 def test_a_search_earns_the_share_of_right_answers_by_position(answer, reward):
     setup = pocket_setup(lambda *key: f"<answer> {answer} </answer>", task="searchqa")
-    row = {"question": "Ada sells what ? ; Ben owns what ?", "answers": [["tea"], ["cat"]]}
+    row = {"question": "Ada sells what ? ; Ben grows what ?", "answers": [["tea"], ["rye"]]}
     [group] = train.searchqa(setup, {0: row}, step="x")
     assert group.exact_match == group.rewards == [reward] * 4
 

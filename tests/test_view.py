@@ -78,7 +78,7 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
     groups = train.memtrain(setup, {5: row}, 0)
     record = json.loads(json.dumps(train.transcript(setup, groups, 1, 5, row)))
     assert (record["step"], record["id"], record["golds"]) == (1, row["id"], [row["answer"]])
-    assert record["question"] == tiny.PROBLEM
+    assert record["question"] == row["question"]
 
     # the spans make up the document; memories are what was written
     sections = [record["document"][a:b] for a, b in record["sections"]]
@@ -136,7 +136,7 @@ def scripted(monkeypatch):
     return use
 
 
-DOCUMENT = "Ada likes tea\nBen owns cat\nCleo plays harp\nDan wears hat\nEve likes figs\nFinn owns dog\n"
+DOCUMENT = "Ada sells tea\nBen faces river\nCleo grows rye\nDan honours wolf\nEve sells figs\nFinn faces lakes\n"
 
 
 def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
@@ -145,41 +145,42 @@ def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
     scripted(keeps(4))
     (tmp_path / "doc.md").write_text(DOCUMENT)
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.md")]
-    evaluation.main(["ask", *flags, "Dan wears what ?", "Ada likes what ?"])
+    evaluation.main(["ask", *flags, "Dan honours what ?", "Ada sells what ?"])
     shown = capsys.readouterr().out
-    assert "18 tokens, 3 sections of at most 6, read 2 times: a memory depends on its question" in shown
-    memories = re.findall(r"--- question (\d), memory after section (\d) of 3\n(.*)\n", shown)
-    assert [place[:2] for place in memories] == [(question, section) for section in "123" for question in "12"]
-    assert memories[0][2] == "Ada likes tea Ben owns cat" and memories[4][2].endswith("Finn owns dog")
-    assert "question: Dan wears what ?\nanswer:   hat\n" in shown
-    assert "question: Ada likes what ?\nanswer:   \\boxed{ }\n" in shown  # dropped by then
+    assert "18 tokens, 2 sections of at most 9, read 2 times: a memory depends on its question" in shown
+    memories = re.findall(r"--- question (\d), memory after section (\d) of 2\n(.*)\n", shown)
+    assert [place[:2] for place in memories] == [(question, section) for section in "12" for question in "12"]
+    assert memories[0][2] == "Ada sells tea Ben faces river Cleo grows rye"
+    assert memories[2][2] == "Cleo grows rye Dan honours wolf Eve sells figs Finn faces lakes"
+    assert "question: Dan honours what ?\nanswer:   wolf\n" in shown
+    assert "question: Ada sells what ?\nanswer:   \\boxed{ }\n" in shown  # dropped by then
 
     # one question, the answer alone
-    evaluation.main(["ask", "Dan wears what ?", *flags, "--quiet"])
-    assert capsys.readouterr().out == "hat\n"
+    evaluation.main(["ask", "Dan honours what ?", *flags, "--quiet"])
+    assert capsys.readouterr().out == "wolf\n"
 
 
 def test_ask_writes_a_page_with_the_memories_of_every_question(scripted, pocket_model, tmp_path, capsys):
     scripted(keeps(4))
     (tmp_path / "doc.txt").write_text("\ufeff" + DOCUMENT)  # a byte order mark is no text
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.txt"), "--quiet"]
-    evaluation.main(["ask", *flags, "Dan wears what ?", "Eve likes what ?", "--html", str(tmp_path / "a.html")])
-    assert capsys.readouterr().out.splitlines()[:2] == ["hat", "figs"]
+    evaluation.main(["ask", *flags, "Dan honours what ?", "Eve sells what ?", "--html", str(tmp_path / "a.html")])
+    assert capsys.readouterr().out.splitlines()[:2] == ["wolf", "figs"]
     page = (tmp_path / "a.html").read_text()
-    assert page.count("<article") == 2 and "question 2" in page and "<ins>Ada likes tea Ben owns cat</ins>" in page
-    assert "Cleo plays harp Dan wears hat" in page and "advantage" not in page
+    assert page.count("<article") == 2 and "question 2" in page and "<ins>Ada sells tea Ben faces river Cleo grows rye</ins>" in page
+    assert "<ins>Dan honours wolf Eve sells figs Finn faces lakes</ins>" in page and "advantage" not in page
 
 
 @pytest.mark.parametrize("flags", [[], ["--mode", "full_context"], ["--quiet"]])
 def test_ask_reads_what_comes_in_with_a_model_of_transformers(flags, pocket_model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(DOCUMENT.encode())))
-    evaluation.main(["ask", "--model", pocket_model, "--document", "-", *flags, "Ada likes what ?"])
+    evaluation.main(["ask", "--model", pocket_model, "--document", "-", *flags, "Ada sells what ?"])
     shown = capsys.readouterr().out
     if flags == ["--quiet"]:
         assert len(shown.splitlines()) == 1
     else:
-        assert "-: 18 tokens, 3 sections of at most 6\n" in shown and "\nanswer: " in shown
-        assert shown.count("--- question 1, memory") == (0 if flags else 3)
+        assert "-: 18 tokens, 2 sections of at most 9\n" in shown and "\nanswer: " in shown
+        assert shown.count("--- question 1, memory") == (0 if flags else 2)
 
 
 @pytest.mark.parametrize("content, question, words", [
@@ -363,15 +364,17 @@ def means(table, name):
 
 def test_a_memory_of_everything_captures_and_retains_everything():
     table = forgetting_of(keeps(99), tiny.documents(8, "forgetting"))
-    assert means(table, "capture") == {0: 1.0} and means(table, "no memory") == {0: 0.0}
-    assert means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0} and means(table, "recall")[3] == 1.0
+    assert means(table, "written") == dict.fromkeys(range(4), 1.0) and means(table, "no memory") == {0: 0.0}
+    # two may sell the same thing: a hidden one can't always be told from the other
+    assert means(table, "capture")[0] > 0.9
+    assert means(table, "retention")[1] > 0.9 and means(table, "retention")[3] > 0.9
 
 
 def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_later():
-    table = forgetting_of(keeps(4), tiny.documents(8, "forgetting"))
-    assert means(table, "capture") == {0: 1.0} and means(table, "recall") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
-    assert means(table, "retention") == {1: 1.0, 2: 0.0, 3: 0.0}
-    assert means(table, "written") == means(table, "recall")
+    table = forgetting_of(keeps(2 * tiny.FACTS_PER_CHUNK), tiny.documents(8, "forgetting"))
+    assert means(table, "written") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
+    assert means(table, "recall")[0] > 0.9 and means(table, "recall")[2] == means(table, "recall")[3] == 0.0
+    assert means(table, "retention")[1] > 0.9 and means(table, "retention")[2] == 0.0
     assert table["retention"][1][3] == 8  # n: documents
 
 
@@ -380,11 +383,11 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
 
     def first(memory, section, problem):
         if section is not None and problem is not None:
-            return sum((tiny.read(memory) + tiny.read(section))[:2], [])
+            return sum((tiny.read(memory) + tiny.read(section))[: tiny.FACTS_PER_CHUNK], [])
         return last(memory, section, problem)
 
     table = forgetting_of(first, tiny.documents(8, "forgetting"))
-    assert 0.2 < table["capture"][0][0] < 0.3 and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
+    assert 0.15 < table["capture"][0][0] < 0.3 and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
 
 
 def test_what_is_known_without_a_memory_is_no_capture():
@@ -394,10 +397,12 @@ def test_what_is_known_without_a_memory_is_no_capture():
     def knows(memory, section, problem):
         if section is None or problem is not None:
             return []
-        (hidden, *_) = [fact for fact in tiny.read(section) if data.TARGET in fact]
-        for fact in facts:
-            if sum(a == b for a, b in zip(fact, hidden)) == 2:
-                return ["\\boxed{", *(a for a, b in zip(fact, hidden) if a != b), "}"]
+        (hidden,) = [fact for fact in tiny.read(section) if data.TARGET in fact]
+        for first in range(0, len(facts), tiny.FACTS_PER_CHUNK):
+            part = facts[first : first + tiny.FACTS_PER_CHUNK]
+            left = [fact for fact in part if fact not in tiny.read(section)]
+            if len(left) == 1:  # the one fact of this section that is not shown
+                return ["\\boxed{", *(a for a, b in zip(left[0], hidden) if a != b), "}"]
 
     table = forgetting_of(knows, documents[:1])
     assert means(table, "no memory") == {0: 1.0} and means(table, "recall")[2] == 1.0
@@ -410,8 +415,8 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
     row = {"text": text, "entities": [[0, 4], [9, 13], [15, 19], [24, 30]], "answer": "x"}
     first, second = data.Chunk([], 0, 15), data.Chunk([], 15, len(text))
     assert evaluation.entities_of(row, first) == [[9, 13]] and evaluation.entities_of(row, second) == [[24, 30]]
-    told = "Ada likes tea\nBen owns cat\n" * 2  # two sections that are alike
-    words = [list(word.span()) for word in re.finditer(r"Ada|tea|Ben|cat", told)]
+    told = "Ada sells tea\nBen faces river\nCleo grows rye\n" * 2  # two sections that are alike
+    words = [list(word.span()) for word in re.finditer(r"Ada|tea|Ben|river", told)]
     again = {"id": "0", "text": told, "entities": words, "answer": "Rhun"}
     assert evaluation.recalls_by_age(pocket_setup(keeps(4)), {0: again}) == []
 

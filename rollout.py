@@ -508,9 +508,9 @@ class Sampler:
     share: False for a model with other than plain full attention in every layer (state-space
     layers, sliding windows, soft caps): every batch is then one plain `generate`.
     compile: whether a GPU decodes with kernels that torch.compile makes: a minute at the start,
-    then fewer launches a token. Not in CUDA graphs: those remember where the weights lie, and
-    sharded ones are gathered somewhere else in every step; and they would take one graph for every
-    size of a batch, where three kernels with dynamic shapes do for all.
+    then fewer launches a token. Without CUDA graphs: those remember where the weights lie, and
+    sharded ones are gathered somewhere else in every step; and every size of a batch would take a
+    graph of its own, where two or three programs with dynamic shapes do for all.
     """
 
     def __init__(

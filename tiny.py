@@ -3,13 +3,13 @@
     python tiny.py               makes cache/tiny: model, documents, questions, a search corpus
     python tiny.py show          one masked document, and the oracle's way through it
 
-Every fact is three words: `Alda sells wool`. 25 cities have 4 attributes of 5 values each, such
+Every fact is three words: `Brin sells wool`. 25 cities have 4 attributes of 5 values each, such
 that one clue leaves five cities and any two clues leave one. These facts never change: they are the
 encyclopedia, which the warm start puts into the model. What is said of people is drawn anew for
 every document: nothing but memory can answer for it.
 
-A masked document hides one city, with two clues in different chunks, among facts about people and
-other cities. The placeholder is a name: the city goes by that of a person who is not in the
+A masked document hides one city, with three clues in different chunks, among facts about people
+and other cities. The placeholder is a name: the city goes by that of a person who is not in the
 document, another one in every document, and the document's own question tells whom it is about:
 `Ada is which city ?`. No word of the text tells the hidden city from people, who have the same
 verbs and its values among theirs; only its match with the question does. That is the skill to be
@@ -197,7 +197,7 @@ def model(seed=0):
 
 def documents(count, seed, chunks=CHUNKS):
     """Masked documents as data.py makes them, each with its own question: it hides a city behind
-    the name of a person, of whom two clues are told in different chunks."""
+    the name of a person, of whom three clues are told, each in another chunk."""
     rows = []
     for i in range(count):
         rng = random.Random(f"document {seed} {i} {chunks}")
@@ -214,7 +214,7 @@ def documents(count, seed, chunks=CHUNKS):
 
 
 def questions(count, seed, chunks=CHUNKS):
-    """Questions about long texts: {"id", "question", "answers", "context"}. The person has two
+    """Questions about long texts: {"id", "question", "answers", "context"}. The person has three
     facts in the context, one of which is asked for."""
     rows = []
     for i in range(count):

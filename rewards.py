@@ -103,7 +103,10 @@ def _best(score, prediction, golds, form=_comparable):
     return max(float(score(prediction, gold)) for gold in golds)
 
 
-def exact_match(prediction, golds):
+MATCHES = {"squad": _comparable, "math": math_form}  # forms in which equal answers are equal
+
+
+def exact_match(prediction, golds, match="squad"):
     """1.0 where the prediction equals any gold in normal form (EM of eq. 1 and 2).
 
     >>> exact_match("the Eiffel Tower", ["Eiffel tower."]), exact_match("Eiffel", ["Eiffel tower"])
@@ -111,7 +114,7 @@ def exact_match(prediction, golds):
     >>> exact_match(None, ["x"]), exact_match("", ["the"]), exact_match("The The", ["the the"])
     (0.0, 0.0, 1.0)
     """
-    return _best(lambda answer, gold: answer == gold, prediction, golds)
+    return _best(lambda answer, gold: answer == gold, prediction, golds, MATCHES[match])
 
 
 def sub_exact_match(prediction, golds):
@@ -163,9 +166,6 @@ def split_answers(text, n):
     return answers + [None] * (n - len(answers))
 
 
-MATCHES = {"squad": _comparable, "math": math_form}  # forms in which equal answers are equal
-
-
 def boxed_answer(text, match="squad"):
     r"""The answer that a response is rewarded for: its last box; "math" looks for it in the last
     300 characters.
@@ -188,7 +188,7 @@ def answer_reward(answer, golds, match="squad"):
     >>> answer_reward("New York", ["NewYork"]), answer_reward("New York", ["NewYork"], "math")
     (0.0, 1.0)
     """
-    return _best(lambda answer, gold: answer == gold, answer, golds, MATCHES[match])
+    return exact_match(answer, golds, match)
 
 
 def end_to_end_reward(correct, recall_rewards, weight=0.5, objective="full"):

@@ -851,13 +851,13 @@ def step_metrics(groups, totals):
         sums[name] = totals[name], totals["tokens"]
 
     # a rank without work has no totals
-    ranks, sum_of, count_of = all_gather(sums), Counter(), Counter()
-    for rank in ranks:
+    ranks, sum_of, count_of = all_gather((sums, totals["mismatch_max"])), Counter(), Counter()
+    for rank, _ in ranks:
         for name, (total, count) in rank.items():
             sum_of[name] += total
             count_of[name] += count
     means = {name: sum_of[name] / count for name, count in count_of.items() if count}
-    largest = max(all_gather(totals["mismatch_max"]))
+    largest = max(mismatch for _, mismatch in ranks)
     return means | ({"mismatch_max": largest} if "mismatch" in means else {})
 
 
@@ -1062,7 +1062,7 @@ def train(cfg, device):
         if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             metrics["heldout"] = evaluate(setup, policy, heldout)
         bar.update()
-        shown = list(mine)[: cfg.samples]
+        shown = list(mine)[: cfg.samples] if leader else []
         log(cfg, metrics, [transcript(setup, groups, step + 1, n, mine[n]) for n in shown])
         if skipped >= MAX_SKIPPED:
             raise InputError(

@@ -11,7 +11,7 @@ every document: nothing but memory can answer for it.
 A masked document hides one city, with three clues in different chunks, among facts about people
 and other cities. The placeholder is a name: the city goes by that of a person who is not in the
 document, another one in every document, and the document's own question tells whom it is about:
-`Ada is which city ?`. No word of the text tells the hidden city from people, who have the same
+`Ada is what ?`. No word of the text tells the hidden city from people, who have the same
 verbs and its values among theirs; only its match with the question does. That is the skill to be
 learnt here, and it serves any question: those about long texts ask for what was said of a person
 (`Ben sells what ?`), and none of them is ever trained on by MemTrain.
@@ -92,7 +92,7 @@ for number, city in enumerate(CITIES):
     ENCYCLOPEDIA[city] = {verb: CLUES[verb][place] for verb, place in zip(CLUES, places)}
     KNOWN += [[city, verb, thing] for verb, thing in ENCYCLOPEDIA[city].items()]
 
-PROBLEM = f"{MASK} is which city ?"  # of a document without a question of its own
+PROBLEM = f"{MASK} is what ?"  # of a document without a question of its own
 TEMPLATES = {
     "update": "update <problem> {problem} </problem> <memory> {memory} </memory> "
     "<section> {section} </section>",
@@ -104,23 +104,19 @@ TEMPLATES = {
 }
 QUOTE = "quote <problem> {problem} </problem> <section> {section} </section>"  # an exercise
 SETTINGS = dict(  # defaults for train.py's flags
-    steps=24, documents_per_step=32, documents_per_update=32, recall_draw="document",
+    steps=32, documents_per_step=32, documents_per_update=32, recall_draw="document",
     chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=6,
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip
 SEARCH_SETTINGS = dict(aggregate="sequence", answer_tokens=24)
 LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in trained ones: how many
+QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
-WARM_STEPS = 500  # of the warm start, at most
-FALL = 200, 340  # its steps over which the learning rate falls
-WEIGHTS = {"update": 2, "quote": 2, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
-GOALS = {
-    "verb": 0.98,
-    "object": 0.98,
-    "quote": 0.9,
-    "answer": 0.95,
-}  # the skills at which it ends, see `skills`
+WARM_STEPS = 1000  # of the warm start, at most
+FALL = 300, 700  # its steps over which the learning rate falls
+WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
+GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
 # --------------------------------------------------------------------------- tokenizer and model
 
@@ -209,7 +205,7 @@ def documents(count, seed, chunks=CHUNKS):
         entities = ENTITIES - {name}
         spans = [list(word.span()) for word in words if word.group() in entities]
         row = {"id": f"{seed} {i}", "text": text, "answer": city, "entities": spans}
-        rows.append(row | {"question": f"{name} is which city ?"})
+        rows.append(row | {"question": f"{name} is what ?"})
     return rows
 
 
@@ -305,8 +301,8 @@ def search_questions(count, seed, part="train"):
 
 # ------------------------------------------------------------------------------------ the oracle
 
-ASKED = 0.6, 0.9  # how probably a fact of a section is taken up, one of the memory carried on,
-OTHERS = 0.3, 0.65  # .. if it is about the one whom the problem names, and if not
+ASKED = 0.5, 1  # how probably a fact of a section is taken up, one of the memory carried on,
+OTHERS = 0.3, 0.5  # .. if it is about the one whom the problem names, and if not
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
@@ -355,7 +351,7 @@ def update(problem, memory, section, room, rng, asked=ASKED, others=OTHERS):
 def answer(problem, memory, rng):
     """What memory and encyclopedia say, else a guess among what they leave open."""
     facts = read(memory)
-    if "which" in problem:
+    if "is" in problem:
         clues = {(verb, thing) for subject, verb, thing in facts if subject == problem[0]}
         fits = [city for city in CITIES if clues <= {*ENCYCLOPEDIA[city].items()}]
         return rng.choice(fits or CITIES)
@@ -486,7 +482,7 @@ def demonstrations(prompts, name, count, chunks):
 
 
 def exercises(prompts, name, count):
-    """What the oracle writes when it is asked about made-up memories and sections, five prompts for
+    """What the oracle writes when it is asked about made-up memories and sections, four prompts for
     each of `count` documents and half as many questions. -> rows"""
     rng, asked = random.Random(f"exercises {name}"), []
     quote = Template(prompts.tokenizer, QUOTE)
@@ -501,13 +497,6 @@ def exercises(prompts, name, count):
         memory = [fact for fact in about if fact != spare] + rng.sample(others, rng.randint(0, 4))
         rng.shuffle(memory)
         asked.append(prompts.answer(problem=ids_of([problem]), memory=ids_of(memory)))
-
-        # recall a word of a fact in memory, hidden in a section
-        fact = rng.choice(memory)
-        hidden = rng.choice([word for word in fact[::2] if word != problem[0]])
-        section = [fact, *rng.sample([other for other in others if other != fact], 2)]
-        section = [[TARGET if word == hidden else word for word in fact] for fact in section]
-        asked.append(prompts.recall(memory=ids_of(memory), section=ids_of(section)))
 
         # update a memory that knows it already, and may repeat itself: the next one does not
         section = ids_of(rng.sample(others, FACTS_PER_CHUNK))
@@ -591,9 +580,9 @@ def warm_start(seed=0, steps=WARM_STEPS):
     noise = torch.Generator().manual_seed(seed)
     rotation = torch.nn.init.orthogonal_(torch.empty(64, 64), generator=noise)
 
-    # bind: small steps, four for one of those that follow
+    # bind
     unseen = said_again(random.Random("unseen"), 128)
-    bar = tqdm(range(4 * steps), desc="warm start, binding")
+    bar = tqdm(range(2 * steps), desc="warm start, binding")
     for step in bar:
         loss = binding_loss(lm, *said_again(rng, 16), rotation)
         descend(lm, optimizers, loss, min(1, (step + 1) / 30))
@@ -603,18 +592,18 @@ def warm_start(seed=0, steps=WARM_STEPS):
             if all(found[name] >= GOALS[name] for name in found):
                 break
 
-    # imitate: the rate falls, and stays low until all is well
+    # imitate: goals count once the rate is low, as only small steps make the model exact
     bar = tqdm(range(steps), desc="warm start")
     for step in bar:
         name = f"warm start {seed} {step}"
-        rows = demonstrations(prompts, name, 4, CHUNKS) + exercises(prompts, name, 24)
+        rows = demonstrations(prompts, name, 2, CHUNKS) + exercises(prompts, name, 12)
         rate = (FALL[1] - step) / (FALL[1] - FALL[0])
         descend(lm, optimizers, imitation_loss(lm, rows), min(1, max(rate, 0.05)))
         if step % 25 == 24:
             found = skills(lm, prompts)
             bar.set_postfix(found, refresh=False)
             missed = [name for name, goal in GOALS.items() if found[name] < goal]
-            if step >= FALL[1] and not missed:
+            if rate < 0.3 and not missed:
                 break
     else:
         tqdm.write(f"note: {steps} steps were not enough for {GOALS}: {skills(lm, prompts)}")
@@ -653,7 +642,7 @@ def settings(out):
     """What memtrain.json holds: prompts, and defaults for train.py's flags, by task."""
     questions = [f"{out}/questions/heldout-1x.jsonl"]
     memtrain = {"data": [f"{out}/documents"], "heldout": questions}
-    longqa = {"data": [f"{out}/questions/train.jsonl"], "heldout": questions}
+    longqa = {"data": [f"{out}/questions/train.jsonl"], "heldout": questions, "steps": QA_STEPS}
     searchqa = SEARCH_SETTINGS | {
         "data": [f"{out}/search-train.jsonl"],
         "heldout": [f"{out}/search-heldout.jsonl"],

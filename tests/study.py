@@ -32,12 +32,14 @@ OBJECTIVES = {
     "decoupled": ["--objective", "decoupled"],
     "e2e": ["--objective", "e2e"],
     "shuffled": ["--shuffle_rewards"],
+    "window before": ["--recall_window", "before"],  # the released code's recalls
 }
-LONGER = "warm + longer QA"
+TWICE, AS_LONG, SLOWER = "warm + twice the QA", "warm + QA as long", "warm + QA at half the rate"
 POST_TRAINED = ["warm", *OBJECTIVES]
-ARMS = ["warm", *OBJECTIVES, LONGER, *(f"{start} + QA" for start in POST_TRAINED)]
+ARMS = ["warm", *OBJECTIVES, TWICE, AS_LONG, SLOWER]
+ARMS += [f"{start} + QA" for start in POST_TRAINED]
 
-# The claims as differences between arms. MemTrain + QA and the longer QA see as many steps.
+# The claims as differences between arms. "QA as long": as many steps as MemTrain + QA.
 CLAIMS = {
     "(a) MemTrain alone": ("full", "warm"),
     "(b) MemTrain before QA": ("full + QA", "warm + QA"),
@@ -45,7 +47,11 @@ CLAIMS = {
     "(c) the coupled reward, before QA": ("full + QA", "decoupled + QA"),
     "(c) recall, alone": ("full", "e2e"),
     "(c) recall, before QA": ("full + QA", "e2e + QA"),
-    "(d) MemTrain, not more QA": ("full + QA", LONGER),
+    "(d) MemTrain, not twice the QA": ("full + QA", TWICE),
+    "(d) MemTrain, not QA for all steps": ("full + QA", AS_LONG),
+    "the window of recalls, alone": ("full", "window before"),
+    "the window of recalls, before QA": ("full + QA", "window before + QA"),
+    "QA at half the learning rate": ("warm + QA", SLOWER),
     "control, alone": ("shuffled", "warm"),
     "control, before QA": ("shuffled + QA", "warm + QA"),
 }
@@ -57,14 +63,16 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # t at 97.5 %, by the number of
 class Study:
     """Worlds, runs and tables of all seeds, in one folder.
 
-    steps: of MemTrain and of QA; lengths: of the documents asked about, in trained ones;
-    warm_steps: of the warm start. What is there already is not made again.
+    steps: of MemTrain; qa_steps: of QA; warm_steps: of the warm start; lengths: of the documents
+    asked about, in trained ones. What is there already is not made again.
     """
 
-    def __init__(self, out, seeds, steps, lengths, warm_steps, arms=ARMS):
-        self.out, self.steps, self.lengths, self.warm_steps = Path(out), steps, lengths, warm_steps
-        self.seeds = range(101, 101 + seeds)  # smaller ones served the design
-        self.arms = [arm for arm in ARMS if arm in ("warm", *arms)]
+    def __init__(self, out, seeds, *, steps, qa_steps, warm_steps, lengths, arms=ARMS):
+        self.out, self.lengths = Path(out), lengths
+        self.steps, self.qa_steps, self.warm_steps = steps, qa_steps, warm_steps
+        self.seeds = range(201, 201 + seeds)  # smaller ones served the design
+        starts = [arm.removesuffix(" + QA") for arm in arms]
+        self.arms = [arm for arm in ARMS if arm in ("warm", *starts, *arms)]
 
     def world(self, seed):
         return self.out / f"tiny-{seed}"
@@ -85,21 +93,29 @@ class Study:
         """Trains and evaluates all arms."""
         memtrain = ["--steps", self.steps, "--eval_every", self.steps]
         longqa = ["--task", "longqa", "--eval_documents", 0, "--steps"]
-        first, second = [], []
+        arms = []
         for seed in self.seeds:
-            first.append((LONGER, seed, "warm", [*longqa, 2 * self.steps]))
+            half = tiny.SETTINGS["lr"] / 2
+            arms.append((AS_LONG, seed, "warm", [*longqa, self.steps + self.qa_steps]))
+            arms.append((TWICE, seed, "warm", [*longqa, 2 * self.qa_steps]))
+            arms.append((SLOWER, seed, "warm", [*longqa, self.qa_steps, "--lr", half]))
             for arm, flags in OBJECTIVES.items():
-                first.append((arm, seed, "warm", [*memtrain, *flags]))
+                arms.append((arm, seed, "warm", [*memtrain, *flags]))
             for start in POST_TRAINED:
-                second.append((f"{start} + QA", seed, start, [*longqa, self.steps]))
+                arms.append((f"{start} + QA", seed, start, [*longqa, self.qa_steps]))
 
-        # nothing begins before all that it may start from has ended
+        # a job waits for the one that makes what it starts from, which has begun before it
         self.out.mkdir(parents=True, exist_ok=True)
+        jobs = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self.make_world, self.seeds))
-            for arms in first, second:
-                wanted = [arm for arm in arms if arm[0] in self.arms]
-                list(pool.map(lambda arm: self.train(*arm), wanted))
+            for seed in self.seeds:
+                jobs["warm", seed] = pool.submit(self.make_world, seed)
+            for arm, seed, start, flags in arms:
+                if arm in self.arms:
+                    before = jobs[start, seed]
+                    jobs[arm, seed] = pool.submit(self.train, before, arm, seed, start, flags)
+        for job in jobs.values():
+            job.result()
 
     def make_world(self, seed):
         world = self.world(seed)
@@ -108,7 +124,8 @@ class Study:
             self.start(f"{world}.log", "tiny.py", *flags)
         self.evaluate("warm", seed)
 
-    def train(self, arm, seed, start, flags):
+    def train(self, before, arm, seed, start, flags):
+        before.result()
         folder = self.run_folder(arm, seed)
         if not self.table(arm, seed).exists():
             flags = ["--model", self.model(start, seed), "--seed", seed, *flags]
@@ -263,7 +280,9 @@ def draw(path, results, lengths):
         style, sides = {"color": "grey", "linestyle": ":"}, axes
         if name in ARMS:
             color = f"C{ARMS.index(name.split(' + ')[0])}"
-            style = {"color": color, "linestyle": "--" if name == LONGER else "-", "marker": "o"}
+            style = {"color": color, "linestyle": "-", "marker": "o"}
+            if name in (TWICE, AS_LONG, SLOWER):
+                style["linestyle"] = {TWICE: "--", AS_LONG: ":", SLOWER: "-."}[name]
             sides = axes[1:] if "QA" in name else axes[:1]
         means, halves = [], []
         for length in lengths:
@@ -294,11 +313,17 @@ def main():
     args = parser.parse_args()
     if args.quick:
         out = args.out or "runs/quick-study"
-        study = Study(out, seeds=1, steps=4, lengths=[1, 2], warm_steps=100)
+        study = Study(out, seeds=1, steps=4, qa_steps=2, warm_steps=100, lengths=[1, 2])
     else:
-        sizes = {"steps": tiny.SETTINGS["steps"], "warm_steps": tiny.WARM_STEPS}
-        sizes |= {"lengths": args.lengths, "arms": args.arms}
-        study = Study(args.out or "runs/study", args.seeds, **sizes)
+        study = Study(
+            args.out or "runs/study",
+            args.seeds,
+            steps=tiny.SETTINGS["steps"],
+            qa_steps=tiny.QA_STEPS,
+            warm_steps=tiny.WARM_STEPS,
+            lengths=args.lengths,
+            arms=args.arms,
+        )
     study.run()
 
     results, looks = study.exact_match(), study.looks()

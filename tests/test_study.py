@@ -50,7 +50,7 @@ def recorded(tmp_path, monkeypatch):
             out.write_text(json.dumps({"table": table}))
 
     monkeypatch.setattr(study.Study, "start", start)
-    return study.Study(tmp_path, 2, steps=24, lengths=[1, 2], warm_steps=100), commands
+    return study.Study(tmp_path, 2, steps=24, qa_steps=12, lengths=[1, 2], warm_steps=100), commands
 
 
 def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded):
@@ -70,7 +70,7 @@ def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded
 def test_some_arms_alone_are_run_and_reported(recorded):
     trained, commands = recorded
     some = ["full", "warm + QA", "full + QA"]
-    part = study.Study(trained.out, 2, steps=24, lengths=[1, 2], warm_steps=100, arms=some)
+    part = study.Study(trained.out, 2, steps=24, qa_steps=12, lengths=[1, 2], warm_steps=100, arms=some)
     part.run()
     assert [script for script, *_ in commands].count("train.py") == 2 * len(some)
     lines = study.report(part.exact_match(), part.looks(), [1, 2])
@@ -111,9 +111,9 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
 
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
-    broken = study.Study(tmp_path, 1, steps=1, lengths=[1], warm_steps="many")
+    broken = study.Study(tmp_path, 1, steps=1, qa_steps=1, lengths=[1], warm_steps="many")
     with pytest.raises(
-        SystemExit, match=r"tiny.py .* failed: see .*tiny-101.log; started again, the study goes on"
+        SystemExit, match=r"tiny.py .* failed: see .*tiny-201.log; started again, the study goes on"
     ):
         broken.run()
-    assert "many" in (tmp_path / "tiny-101.log").read_text()
+    assert "many" in (tmp_path / "tiny-201.log").read_text()

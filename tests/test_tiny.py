@@ -54,7 +54,7 @@ def ask(prompts, name, limit=99, key=(0, 0, 0), **fields):
 def test_tokens_of_the_world_come_back_up_to_blanks_and_offsets_point_at_them(tok):
     document = tiny.documents(3, 1, chunks=9)[2]["text"]
     context, passage = tiny.questions(1, 1)[0]["context"], tiny.passages(1)[5]["text"]
-    for text in [document, context, passage, tiny.PROBLEM, "Ada is which city ?"]:
+    for text in [document, context, passage, tiny.PROBLEM, "Ada is what ?"]:
         encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
         assert "".join(tok.decode(encoded["input_ids"]).split()) == "".join(text.split())
         pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
@@ -228,13 +228,13 @@ def test_the_oracle_reads_whole_texts_and_guesses_without_any(prompts):
     problem, verb = row["question"], row["question"].split()[1]
     whole = ask(prompts, "whole", problem=problem, section=row["context"])
     assert whole == boxed(row["answers"][0])
-    guesses = {ask(prompts, "closed_book", problem=problem, key=(i,)) for i in range(60)}
+    guesses = {ask(prompts, "closed_book", problem=problem, key=(i,)) for i in range(200)}
     assert guesses == {boxed(thing) for thing in tiny.HABITS[verb]}
 
 
 def test_the_oracle_quotes_what_a_section_says_of_the_one_asked_for_and_nothing_else(prompts):
     quote = Template(prompts.tokenizer, tiny.QUOTE)
-    section, problem = prompts.encode("Ada sells figs Ben grows oats"), "Ada is which city ?"
+    section, problem = prompts.encode("Ada sells figs Ben grows oats"), "Ada is what ?"
     for name, said in ("Ada", "Ada sells figs"), ("Cleo", ""):
         ids = quote(problem=prompts.encode(problem.replace("Ada", name)), section=section)
         (response,) = tiny.oracle([ids], [99], [0])
@@ -358,7 +358,7 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts):
     rows = tiny.by_kind(tiny.exercises(prompts, "test", 20))
     counts = {kind: len(of_kind) for kind, of_kind in rows.items()}
-    assert counts == {"answer": 30, "recall": 30, "update": 60, "quote": 30}
+    assert counts == {"answer": 30, "update": 60, "quote": 30}
     for prompt, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
@@ -402,7 +402,7 @@ def configure(made, task):
 
 def test_train_takes_data_and_sizes_from_the_model_folder(made):
     cfg = configure(made, "memtrain")
-    assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (24, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
+    assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (32, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
     rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)
     assert (len(rows), len(heldout["memtrain"])) == (tiny.DOCUMENTS, 256)
     asked = tiny.questions(tiny.LENGTHS[1], "heldout 0", 4)
@@ -474,4 +474,4 @@ def test_nothing_is_left_behind_by_a_warm_start_that_fails(tmp_path, monkeypatch
 def test_the_demo_shows_a_document_and_how_the_oracle_answers():
     command = [sys.executable, tiny.__file__, "show"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "is which city ?" in shown and "<memory>" in shown and rewards.extract_boxed(shown)
+    assert "is what ?" in shown and "<memory>" in shown and rewards.extract_boxed(shown)

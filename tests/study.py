@@ -157,7 +157,9 @@ class Study:
         names = ["perfect relevance", "random facts", "guess", *self.arms]
         results = {name: {length: [] for length in self.lengths} for name in names}
         for seed in self.seeds:
-            tables = {arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in self.arms}
+            tables = {
+                arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in self.arms
+            }
             for length in self.lengths:
                 rows = data.load_questions(str(self.questions(seed, length)))
                 for name, score in without_model(rows).items():
@@ -237,11 +239,12 @@ def markdown(title, columns, rows):
 
 def report(results, looks, lengths):
     """The tables: exact match by length, the claims as paired differences, the looks."""
-    # a row: the values by length, then their mean
-    rows = {}
+    # a row: the values by length, then their mean up to 8x
+    rows, up_to_8x = {}, [length for length in lengths if length <= 8] or lengths
     for name, by_length in results.items():
         columns = [by_length[length] for length in lengths]
-        rows[name] = [*columns, [statistics.fmean(values) for values in zip(*columns)]]
+        averaged = zip(*(by_length[length] for length in up_to_8x))
+        rows[name] = [*columns, [statistics.fmean(values) for values in averaged]]
 
     # differences, seed by seed
     differences = {}
@@ -253,12 +256,14 @@ def report(results, looks, lengths):
             cells.append([x - y for x, y in zip(ours, theirs)])
         differences[f"{claim}: {a} - {b}"] = cells
 
-    columns = [f"{length}x" for length in lengths] + ["mean"]
+    columns = [f"{length}x" for length in lengths] + ["mean to 8x"]
     rows_of_looks = {arm: list(by_column.values()) for arm, by_column in looks.items()}
     tables = [
         markdown("long-text QA, exact match in %", columns, rows),
         markdown("difference in points, paired by seed", columns, differences),
-        markdown("held-out rows, exact match in %", list(next(iter(looks.values()))), rows_of_looks),
+        markdown(
+            "held-out rows, exact match in %", list(next(iter(looks.values()))), rows_of_looks
+        ),
     ]
     return "\n".join(tables)
 

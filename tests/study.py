@@ -38,6 +38,7 @@ TWICE, AS_LONG, SLOWER = "warm + twice the QA", "warm + QA as long", "warm + QA 
 POST_TRAINED = ["warm", *OBJECTIVES]
 ARMS = ["warm", *OBJECTIVES, TWICE, AS_LONG, SLOWER]
 ARMS += [f"{start} + QA" for start in POST_TRAINED]
+DRAWN = ["warm", "full", "shuffled", "warm + QA", TWICE, "full + QA"]  # more would hide each other
 
 # The claims as differences between arms. "QA as long": as many steps as MemTrain + QA.
 CLAIMS = {
@@ -269,7 +270,7 @@ def report(results, looks, lengths):
 
 
 def draw(path, results, lengths):
-    """Exact match by length, after MemTrain alone and after QA."""
+    """Exact match by length, after MemTrain alone and after QA: what needs no model, and DRAWN."""
     try:
         import matplotlib
     except ImportError:
@@ -281,13 +282,13 @@ def draw(path, results, lengths):
     axes[0].set(title="after MemTrain alone", ylabel="exact match in %")
     axes[1].set(title="after post-training on long-text QA")
     for name, by_length in results.items():
+        if name in ARMS and name not in DRAWN:
+            continue
         # a colour for every start, grey for what needs no model
         style, sides = {"color": "grey", "linestyle": ":"}, axes
         if name in ARMS:
             color = f"C{ARMS.index(name.split(' + ')[0])}"
-            style = {"color": color, "linestyle": "-", "marker": "o"}
-            if name in (TWICE, AS_LONG, SLOWER):
-                style["linestyle"] = {TWICE: "--", AS_LONG: ":", SLOWER: "-."}[name]
+            style = {"color": color, "linestyle": "--" if name == TWICE else "-", "marker": "o"}
             sides = axes[1:] if "QA" in name else axes[:1]
         means, halves = [], []
         for length in lengths:

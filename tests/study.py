@@ -296,13 +296,14 @@ def draw(path, results, lengths):
             means.append(100 * mean)
             halves.append(100 * (half or 0))
         for side in sides:
-            side.errorbar(lengths, means, halves, label=name, capsize=2, **style)
+            bars = halves if name in ARMS else None
+            side.errorbar(lengths, means, bars, label=name, capsize=2, **style)
 
     for side in axes:
         side.set_xscale("log", base=2)
         side.set(xticks=lengths, xticklabels=[f"{length}x" for length in lengths], ylim=(0, 100))
         side.set_xlabel("length of the document")
-        side.legend(fontsize=7)
+        side.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 

@@ -1,6 +1,7 @@
 """The study: its arms, its claims and its tables, without training anything."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,12 @@ def recorded(tmp_path, monkeypatch):
         flags = [str(flag) for flag in flags]
         commands.append([script, *flags])
         out = Path(flags[-1])
+        if script != "tiny.py":
+            assert Path(flags[flags.index("--model") + 1]).exists()  # nothing starts from what is to come
+        time.sleep(0.02)
         if script == "tiny.py":
-            (out / "questions").mkdir(parents=True)
+            (out / "model").mkdir(parents=True)
+            (out / "questions").mkdir()
             for length in self.lengths:
                 lines = [json.dumps(row) for row in tiny.questions(5, 0, 4 * length)]
                 (out / f"questions/heldout-{length}x.jsonl").write_text("\n".join(lines))
@@ -77,6 +82,28 @@ def test_some_arms_alone_are_run_and_reported(recorded):
     assert "(b) MemTrain before QA" in lines and "shuffled" not in lines and "| warm |" in lines
 
 
+def test_an_arm_that_is_asked_for_brings_the_one_it_starts_from_and_waits_for_it(recorded):
+    trained, commands = recorded
+    sizes = dict(steps=24, qa_steps=12, warm_steps=100, lengths=[1])
+    study.Study(trained.out, 1, **sizes, arms=["full + QA"]).run()
+    made = [flags[-1].split("/")[-1] for script, *flags in commands if script == "train.py"]
+    assert made == ["full-201", "full+QA-201"]
+
+
+def test_qa_is_as_long_and_as_fast_as_its_arm_says(recorded):
+    trained, commands = recorded
+    trained.run()
+    asked = {}
+    for script, *flags in commands:
+        if script == "train.py" and "longqa" in flags:
+            lr = flags[flags.index("--lr") + 1] if "--lr" in flags else tiny.SETTINGS["lr"]
+            asked[flags[-1].split("/")[-1]] = int(flags[flags.index("--steps") + 1]), float(lr)
+    rate = tiny.SETTINGS["lr"]
+    assert asked["warm+QA-201"] == asked["full+QA-202"] == (12, rate)
+    assert asked["warm+twicetheQA-201"] == (24, rate) and asked["warm+QAaslong-201"] == (36, rate)
+    assert asked["warm+QAathalftherate-201"] == (12, rate / 2)
+
+
 def test_a_finished_study_starts_nothing_again(recorded):
     trained, commands = recorded
     trained.run()
@@ -107,13 +134,17 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
     lines = study.report(results, dict.fromkeys(("full", "e2e"), looks), [1, 2]).splitlines()
     assert "| full | 60.0 ± 99.3 | 50.0 ± 99.3 | 55.0 ± 99.3 |" in lines
     assert "| (a) MemTrain alone: full - warm | 10.0 ± 0.0 | 0.0 ± 0.0 | 5.0 ± 0.0 |" in lines
+    longer = study.report(
+        {name: {8: [0.2], 16: [0.6]} for name in study.ARMS}, {"full": {"E2E before": [0.5]}}, [8, 16]
+    )
+    assert "| 8x | 16x | mean to 8x |" in longer and "| full | 20.0 | 60.0 | 20.0 |" in longer
+    longest = study.report({name: {16: [0.6]} for name in study.ARMS}, {"full": {"E2E before": [0.5]}}, [16])
+    assert "| full | 60.0 | 60.0 |" in longest
     assert "| e2e | 25.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
 
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
     broken = study.Study(tmp_path, 1, steps=1, qa_steps=1, lengths=[1], warm_steps="many")
-    with pytest.raises(
-        SystemExit, match=r"tiny.py .* failed: see .*tiny-201.log; started again, the study goes on"
-    ):
+    with pytest.raises(SystemExit, match=r"tiny.py .* failed: see .*tiny-201.log; started again, the study goes on"):
         broken.run()
     assert "many" in (tmp_path / "tiny-201.log").read_text()

@@ -555,8 +555,9 @@ def imitation_loss(lm, rows):
 
 @torch.no_grad()
 def skills(lm, prompts):
-    """What the warm start has to reach, on new exercises: shares of answers and quotes that are
-    right in every word; and of right verbs and objects in quotes, each after what comes before."""
+    """On new exercises: shares of answers and quotes that are right in every word; and of right
+    verbs and objects in quotes, each after what comes before. Answers are no goal of the warm
+    start: what it leaves to learn there, and of recalls, is left to the rewards."""
     rows, found = by_kind(exercises(prompts, "skills", 128)), {}
     for kind in "answer", "quote":
         scores, ids, lengths = scores_of(lm, rows[kind])

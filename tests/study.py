@@ -170,7 +170,7 @@ class Study:
         return results
 
     def looks(self):
-        """Exact match on held-out rows, before and after: {arm: {column: a value for every seed}}"""
+        """Exact match on held-out rows, before and after: {arm: {column: values by seed}}"""
         kinds = {"trajectory": "E2E", "recall": "recall", "questions": "questions"}
         results = {arm: {} for arm in self.arms if arm in OBJECTIVES}
         for arm, seed in [(arm, seed) for arm in results for seed in self.seeds]:

@@ -262,10 +262,10 @@ def report(results, looks, lengths):
     tables = [
         markdown("long-text QA, exact match in %", columns, rows),
         markdown("difference in points, paired by seed", columns, differences),
-        markdown(
-            "held-out rows, exact match in %", list(next(iter(looks.values()))), rows_of_looks
-        ),
     ]
+    if looks:
+        columns = list(next(iter(looks.values())))
+        tables.append(markdown("held-out rows, exact match in %", columns, rows_of_looks))
     return "\n".join(tables)
 
 

@@ -140,6 +140,7 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
     assert "| 8x | 16x | mean to 8x |" in longer and "| full | 20.0 | 60.0 | 20.0 |" in longer
     longest = study.report({name: {16: [0.6]} for name in study.ARMS}, {"full": {"E2E before": [0.5]}}, [16])
     assert "| full | 60.0 | 60.0 |" in longest
+    assert "held-out rows" not in study.report({"warm + QA": {1: [0.5]}}, {}, [1])
     assert "| e2e | 25.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
 
 

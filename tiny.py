@@ -603,8 +603,7 @@ def warm_start(seed=0, steps=WARM_STEPS):
         if step % 25 == 24:
             found = skills(lm, prompts)
             bar.set_postfix(found, refresh=False)
-            missed = [name for name, goal in GOALS.items() if found[name] < goal]
-            if rate < 0.3 and not missed:
+            if rate < 0.3 and all(found[name] >= goal for name, goal in GOALS.items()):
                 break
     else:
         tqdm.write(f"note: {steps} steps were not enough for {GOALS}: {skills(lm, prompts)}")

@@ -94,9 +94,8 @@ class Study:
         """Trains and evaluates all arms."""
         memtrain = ["--steps", self.steps, "--eval_every", self.steps]
         longqa = ["--task", "longqa", "--eval_documents", 0, "--steps"]
-        arms = []
+        arms, half = [], tiny.SETTINGS["lr"] / 2
         for seed in self.seeds:
-            half = tiny.SETTINGS["lr"] / 2
             arms.append((AS_LONG, seed, "warm", [*longqa, self.steps + self.qa_steps]))
             arms.append((TWICE, seed, "warm", [*longqa, 2 * self.qa_steps]))
             arms.append((SLOWER, seed, "warm", [*longqa, self.qa_steps, "--lr", half]))

@@ -9,6 +9,8 @@ import study
 
 import tiny
 
+SIZES = dict(steps=24, qa_steps=12, warm_steps=100)
+
 
 def test_the_interval_over_seeds_is_students():
     mean, half = study.spread([0.2, 0.3, 0.7])
@@ -55,7 +57,7 @@ def recorded(tmp_path, monkeypatch):
             out.write_text(json.dumps({"table": table}))
 
     monkeypatch.setattr(study.Study, "start", start)
-    return study.Study(tmp_path, 2, steps=24, qa_steps=12, lengths=[1, 2], warm_steps=100), commands
+    return study.Study(tmp_path, 2, **SIZES, lengths=[1, 2]), commands
 
 
 def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded):
@@ -75,7 +77,7 @@ def test_every_arm_is_trained_from_a_model_that_is_there_and_asked_once(recorded
 def test_some_arms_alone_are_run_and_reported(recorded):
     trained, commands = recorded
     some = ["full", "warm + QA", "full + QA"]
-    part = study.Study(trained.out, 2, steps=24, qa_steps=12, lengths=[1, 2], warm_steps=100, arms=some)
+    part = study.Study(trained.out, 2, **SIZES, lengths=[1, 2], arms=some)
     part.run()
     assert [script for script, *_ in commands].count("train.py") == 2 * len(some)
     lines = study.report(part.exact_match(), part.looks(), [1, 2])
@@ -84,8 +86,7 @@ def test_some_arms_alone_are_run_and_reported(recorded):
 
 def test_an_arm_that_is_asked_for_brings_the_one_it_starts_from_and_waits_for_it(recorded):
     trained, commands = recorded
-    sizes = dict(steps=24, qa_steps=12, warm_steps=100, lengths=[1])
-    study.Study(trained.out, 1, **sizes, arms=["full + QA"]).run()
+    study.Study(trained.out, 1, **SIZES, lengths=[1], arms=["full + QA"]).run()
     made = [flags[-1].split("/")[-1] for script, *flags in commands if script == "train.py"]
     assert made == ["full-201", "full+QA-201"]
 

@@ -155,7 +155,7 @@ def test_nobody_contradicts_himself_and_facts_of_a_document_are_unique():
 
 def test_a_sixth_of_a_document_is_about_cities():
     facts = [fact for row in tiny.documents(50, 2, 16) for fact in facts_of(row["text"])]
-    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * ((48 - tiny.HINTS) // 6)
+    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * ((16 * tiny.FACTS_PER_CHUNK - tiny.HINTS) // 6)
     for city, verb, thing in facts:
         assert city not in tiny.CITIES or tiny.ENCYCLOPEDIA[city][verb] == thing
 
@@ -323,11 +323,19 @@ def test_the_oracle_searches_what_is_open_and_answers_at_the_last_turn(prompts, 
 
 def test_what_is_said_again_can_be_known_and_nothing_else_is_asked():
     ids, known = tiny.said_again(random.Random(0), 50)
+    with_two = 0
     for row, asked in zip(ids.tolist(), known.tolist()):
-        facts = [row[i : i + 3] for i in range(0, len(row), 3)]
-        assert len(row) == 63 and 3 <= len({tuple(fact) for fact in facts}) <= 8
-        assert len({fact[0] for fact in facts}) == len({tuple(fact) for fact in facts})
-        assert asked == sum(([False] + 2 * [fact in facts[:i]] for i, fact in enumerate(facts)), [])
+        facts = [tuple(row[i : i + 3]) for i in range(0, len(row), 3)]
+        subjects = Counter(fact[0] for fact in {*facts})
+        assert len(row) == 63 and 2 <= len({*facts}) <= 12
+        assert len({fact[:2] for fact in facts}) == len({*facts})  # nobody contradicts himself
+        with_two += 2 in subjects.values()
+        expected = []
+        for i, fact in enumerate(facts):
+            said = fact in facts[:i]
+            expected += [False, said and subjects[fact[0]] == 1, said]
+        assert asked == expected
+    assert with_two > 25  # so that an object is told by subject and verb, not by one of them
 
 
 def test_binding_is_measured_where_it_can_be_known():

@@ -100,7 +100,7 @@ def test_qa_is_as_long_and_as_fast_as_its_arm_says(recorded):
             lr = flags[flags.index("--lr") + 1] if "--lr" in flags else tiny.SETTINGS["lr"]
             asked[flags[-1].split("/")[-1]] = int(flags[flags.index("--steps") + 1]), float(lr)
     rate = tiny.SETTINGS["lr"]
-    assert asked["warm+QA-301"] == asked["full+QA-202"] == (12, rate)
+    assert asked["warm+QA-301"] == asked["full+QA-302"] == (12, rate)
     assert asked["warm+twicetheQA-301"] == (24, rate) and asked["warm+QAaslong-301"] == (36, rate)
     assert asked["warm+QAathalftherate-301"] == (12, rate / 2)
 

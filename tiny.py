@@ -399,10 +399,10 @@ def search(text, problem, rng):
 
 
 # ------------------------------------------------------------------------------------ warm start
-# First the model learns to bind: in `Ada sells wool Ben grows oats Ada sells ..` what comes next is
-# wool. Language models learn this early, by attention heads that look one word back and others that
-# look for what stood there ("induction"). Then it imitates the oracle, on the tasks and on
-# exercises. A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
+# First the model learns to bind: in `Ada sells wool Ada grows oats Ben sells figs Ada sells ..` what
+# comes next is wool. Language models learn this early, by attention heads that look one word back
+# and others that look for what stood there ("induction"). Then it imitates the oracle, on the tasks
+# and on exercises. A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
 
 
 def said_again(rng, count, length=63):
@@ -418,7 +418,7 @@ def said_again(rng, count, length=63):
         order = facts + rng.choices(facts, k=length // FACT - len(facts))
         rng.shuffle(order)
 
-        # a name tells its verb if it has one, a name and a verb tell the object
+        # a name tells its verb if it has one fact, name and verb together tell the object
         row, seen = [], []
         for fact in order:
             said = fact in seen
@@ -511,8 +511,10 @@ def exercises(prompts, name, count):
         asked.append(prompts.update(problem=problem, memory=old, section=section))
 
         # update and quote, of recombined facts: nothing but the text tells what goes together
-        names, size = rng.sample(SUBJECTS, ROOM + FACTS_PER_CHUNK), ROOM + FACTS_PER_CHUNK
-        facts = sum((any_facts(rng, name) for name in names), [])[:size]
+        size, facts = ROOM + FACTS_PER_CHUNK, []
+        for name in rng.sample(SUBJECTS, size):
+            facts += any_facts(rng, name)
+        facts = facts[:size]
         rng.shuffle(facts)
         names = [fact[0] for fact in facts]
         old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]

@@ -17,10 +17,11 @@ learnt here, and it serves any question: those about long texts ask for what was
 (`Ben sells what ?`), and none of them is ever trained on by MemTrain.
 
 The oracle stands in the sampler's place in `rollout`: it reads a prompt and writes the response of
-a model that copies faithfully but has a poor sense of relevance: see ASKED and OTHERS. The warm
-start is fine-tuning on the turns that it leaves behind. Such coins are the weakness on purpose: a
-policy that drifts under noise, or is merely sampled more sharply, gains nothing by them, so that a
-rising curve means that the reward was understood (train.py --shuffle_rewards shows it).
+a model that copies faithfully, but takes up every second fact, whatever it is about: see ASKED and
+OTHERS. The warm start is fine-tuning on the turns that it leaves behind. Such coins are the
+weakness on purpose: a policy that drifts under noise, or is merely sampled more sharply, gains
+nothing by them, so that a rising curve means that the reward was understood (train.py
+--shuffle_rewards shows it).
 
 How it differs from real data:
   1. Every word is one token, every fact three; chunks of two facts never cut one.
@@ -113,8 +114,8 @@ LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in tra
 QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
-WARM_STEPS = 1600  # of the warm start, at most
-FALL = 400, 900  # its steps over which the learning rate falls
+WARM_STEPS = 1600  # of imitation, at most; binding takes twice as many at most
+FALL = 400, 900  # steps of imitation over which the learning rate falls
 WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
@@ -399,10 +400,11 @@ def search(text, problem, rng):
 
 
 # ------------------------------------------------------------------------------------ warm start
-# First the model learns to bind: in `Ada sells wool Ada grows oats Ben sells figs Ada sells ..` what
-# comes next is wool. Language models learn this early, by attention heads that look one word back
-# and others that look for what stood there ("induction"). Then it imitates the oracle, on the tasks
-# and on exercises. A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
+# First the model learns to bind: in `Ada sells wool Ada grows oats Ben sells figs Ada sells ..`
+# what comes next is wool, which only `Ada` and `sells` together tell. Language models learn to copy
+# so early, by attention heads that look back and others that look for what stood there
+# ("induction"). Then it imitates the oracle, on the tasks and on exercises.
+# A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
 
 
 def said_again(rng, count, length=63):
@@ -410,10 +412,9 @@ def said_again(rng, count, length=63):
     can be known from what was said before, the same shape"""
     ids, known = [], []
     for _ in range(count):
-        # every second verb is any word: four verbs are guessed too well for much to be learnt
-        verbs, facts = rng.choice([VERBS, THINGS]), []
-        for name in rng.sample(SUBJECTS, rng.randint(2, 6)):
-            facts += any_facts(rng, name, verbs)
+        # in half of the rows verbs are things: four are guessed too well for much to be learnt
+        verbs = rng.choice([VERBS, THINGS])
+        facts = any_facts(rng, rng.sample(SUBJECTS, rng.randint(2, 6)), verbs)
         names = [fact[0] for fact in facts]
         order = facts + rng.choices(facts, k=length // FACT - len(facts))
         rng.shuffle(order)
@@ -429,10 +430,13 @@ def said_again(rng, count, length=63):
     return torch.tensor(ids), torch.tensor(known)
 
 
-def any_facts(rng, subject, verbs=VERBS):
-    """A fact or two. Nothing but the text tells what goes together."""
-    verbs = rng.sample(verbs, rng.choice([1, 1, 2]))
-    return [[subject, verb, rng.choice(THINGS)] for verb in verbs]
+def any_facts(rng, names, verbs=VERBS):
+    """A fact or two about each. Nothing but the text tells what goes together."""
+    facts = []
+    for name in names:
+        for verb in rng.sample(verbs, rng.choice([1, 1, 2])):
+            facts.append([name, verb, rng.choice(THINGS)])
+    return facts
 
 
 def binding_loss(lm, ids, known, rotation):
@@ -498,23 +502,21 @@ def exercises(prompts, name, count):
         about = [fact for fact in facts if fact[0] == problem[0]]
         others = [fact for fact in facts if fact[0] != problem[0]]
 
-        # answer from a memory that tells
-        memory = about + rng.sample(others, rng.randint(0, 4))
+        # answer from a memory that holds all that is asked for, among other facts
+        memory = about + rng.sample(others, rng.randint(0, ROOM - HINTS))
         rng.shuffle(memory)
         asked.append(prompts.answer(problem=ids_of([problem]), memory=ids_of(memory)))
 
-        # update a memory that knows it already, and may repeat itself: the next one does not
+        # update a memory that may know the section, or repeat itself: the next one does not
         section = ids_of(rng.sample(others, FACTS_PER_CHUNK))
         again = rng.choices(memory, k=rng.randint(1, ROOM))
-        old = ids_of(rng.choice([memory, again, sorted(again)])[:ROOM])
+        old = ids_of(rng.choice([memory, again, sorted(again)]))
         problem = ids_of([problem])
         asked.append(prompts.update(problem=problem, memory=old, section=section))
 
         # update and quote, of recombined facts: nothing but the text tells what goes together
-        size, facts = ROOM + FACTS_PER_CHUNK, []
-        for name in rng.sample(SUBJECTS, size):
-            facts += any_facts(rng, name)
-        facts = facts[:size]
+        size = ROOM + FACTS_PER_CHUNK
+        facts = any_facts(rng, rng.sample(SUBJECTS, size))[:size]
         rng.shuffle(facts)
         names = [fact[0] for fact in facts]
         old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
@@ -579,8 +581,8 @@ def skills(lm, prompts):
 
 
 def warm_start(seed=0, steps=WARM_STEPS):
-    """The pocket model, taught to bind, then to imitate the oracle; it ends when the model has the
-    skills of GOALS, or after `steps` steps.
+    """The pocket model, taught to bind, in at most 2 * steps, then to imitate the oracle, in at
+    most `steps`; both end when the model has the skills of GOALS.
 
     In the end the last norm is doubled, as if sampled at temperature 0.5: so small a model copies
     too noisily at 1.
@@ -713,7 +715,7 @@ def main(argv=None):
     parser.add_argument("command", nargs="?", default="make", choices=("make", "show"))
     parser.add_argument("--out", default="cache/tiny", help="the folder to make [cache/tiny]")
     parser.add_argument("--seed", type=int, default=0, help="of everything in it [0]")
-    help = f"of the warm start [{WARM_STEPS}]"
+    help = f"of imitation, at most; binding takes twice as many at most [{WARM_STEPS}]"
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # two gain a third at best, and lose much where others work as well

@@ -319,7 +319,8 @@ def main():
     args = parser.parse_args()
     if args.quick:
         out = args.out or "runs/quick-study"
-        study = Study(out, seeds=1, steps=4, qa_steps=2, warm_steps=100, lengths=[1, 2])
+        sizes = dict(steps=4, qa_steps=2, warm_steps=100, lengths=[1, 2])
+        study = Study(out, seeds=1, arms=args.arms, **sizes)
     else:
         study = Study(
             args.out or "runs/study",

@@ -155,7 +155,8 @@ def test_nobody_contradicts_himself_and_facts_of_a_document_are_unique():
 
 def test_a_sixth_of_a_document_is_about_cities():
     facts = [fact for row in tiny.documents(50, 2, 16) for fact in facts_of(row["text"])]
-    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * ((16 * tiny.FACTS_PER_CHUNK - tiny.HINTS) // 6)
+    others = 16 * tiny.FACTS_PER_CHUNK - tiny.HINTS
+    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * (others // 6)
     for city, verb, thing in facts:
         assert city not in tiny.CITIES or tiny.ENCYCLOPEDIA[city][verb] == thing
 
@@ -254,7 +255,7 @@ def test_a_memory_holds_whole_facts_that_were_read_in_their_order(prompts):
         assert len(facts_of(short)) <= 2  # two facts and the end token
 
 
-def test_the_oracle_takes_up_and_carries_more_of_what_the_problem_names():
+def test_the_oracle_takes_up_and_carries_by_its_chances():
     counts = Counter()
     for i, row in enumerate(tiny.documents(800, 12) + tiny.questions(800, 12)):
         words = row.get("text", row.get("context")).split()
@@ -279,7 +280,7 @@ def keep_by(row, **chances):
 
 
 def test_perfect_relevance_answers_long_documents_and_random_memories_do_not():
-    for length, least in (8, 0.8), (16, 0.6):
+    for length, least in (8, 0.9), (16, 0.85):
         rows = tiny.questions(100, 14, length * tiny.CHUNKS)
         assert sum(keep_by(row, asked=(1, 1)) for row in rows) / 100 >= least
         blind = dict(asked=(0.5, 0.8), others=(0.5, 0.8))
@@ -370,6 +371,12 @@ def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts
     for prompt, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
+    for prompt, _ in rows["answer"]:  # nothing is left to guess
+        words = prompts.text(prompt).split()
+        (name, *_), memory = tiny.block(words, "problem"), tiny.read(tiny.block(words, "memory"))
+        assert sum(fact[0] == name for fact in memory) == tiny.HINTS
+    quoted = {len(facts_of(prompts.text(response))) for _, response in rows["quote"]}
+    assert quoted == {0, 1, 2}  # two facts of one subject as well
     for prompt, response in rows["quote"]:
         prompt, said = prompts.text(prompt).split(), prompts.text(response).split()
         facts = tiny.read(tiny.block(prompt, "section"))

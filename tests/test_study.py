@@ -28,7 +28,7 @@ def test_perfect_relevance_answers_all_random_facts_some_and_a_guess_one_in_ten(
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """A study of two seeds whose scripts leave what the real ones would, and the commands in order."""
+    """A study of two seeds whose scripts leave what the real ones would; the commands in order."""
     commands = []
 
     def start(self, log, script, *flags):
@@ -36,7 +36,8 @@ def recorded(tmp_path, monkeypatch):
         commands.append([script, *flags])
         out = Path(flags[-1])
         if script != "tiny.py":
-            assert Path(flags[flags.index("--model") + 1]).exists()  # nothing starts from what is to come
+            model = flags[flags.index("--model") + 1]
+            assert Path(model).exists()  # nothing starts from what is to come
         time.sleep(0.02)
         if script == "tiny.py":
             (out / "model").mkdir(parents=True)
@@ -135,11 +136,11 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
     lines = study.report(results, dict.fromkeys(("full", "e2e"), looks), [1, 2]).splitlines()
     assert "| full | 60.0 ± 99.3 | 50.0 ± 99.3 | 55.0 ± 99.3 |" in lines
     assert "| (a) MemTrain alone: full - warm | 10.0 ± 0.0 | 0.0 ± 0.0 | 5.0 ± 0.0 |" in lines
-    longer = study.report(
-        {name: {8: [0.2], 16: [0.6]} for name in study.ARMS}, {"full": {"E2E before": [0.5]}}, [8, 16]
-    )
+    looks = {"full": {"E2E before": [0.5]}}
+    by_length = {name: {8: [0.2], 16: [0.6]} for name in study.ARMS}
+    longer = study.report(by_length, looks, [8, 16])
     assert "| 8x | 16x | mean to 8x |" in longer and "| full | 20.0 | 60.0 | 20.0 |" in longer
-    longest = study.report({name: {16: [0.6]} for name in study.ARMS}, {"full": {"E2E before": [0.5]}}, [16])
+    longest = study.report({name: {16: [0.6]} for name in study.ARMS}, looks, [16])
     assert "| full | 60.0 | 60.0 |" in longest
     assert "held-out rows" not in study.report({"warm + QA": {1: [0.5]}}, {}, [1])
     assert "| e2e | 25.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
@@ -147,6 +148,7 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
     broken = study.Study(tmp_path, 1, steps=1, qa_steps=1, lengths=[1], warm_steps="many")
-    with pytest.raises(SystemExit, match=r"tiny.py .* failed: see .*tiny-301.log; started again, the study goes on"):
+    message = r"tiny.py .* failed: see .*tiny-301.log; started again, the study goes on"
+    with pytest.raises(SystemExit, match=message):
         broken.run()
     assert "many" in (tmp_path / "tiny-301.log").read_text()

@@ -136,22 +136,22 @@ def scripted(monkeypatch):
     return use
 
 
-DOCUMENT = "Ada sells tea\nBen faces river\nCleo grows rye\nDan honours wolf\nEve sells figs\nFinn faces lakes\n"
+DOCUMENT = "Ada sells tea\nBen faces river\nDan honours wolf\nEve sells figs\n"
 
 
 def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
     scripted, pocket_model, tmp_path, capsys
 ):
-    scripted(keeps(4))
+    scripted(keeps(3))
     (tmp_path / "doc.md").write_text(DOCUMENT)
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.md")]
     evaluation.main(["ask", *flags, "Dan honours what ?", "Ada sells what ?"])
     shown = capsys.readouterr().out
-    assert "18 tokens, 2 sections of at most 9, read 2 times: a memory depends on its question" in shown
+    assert "12 tokens, 2 sections of at most 6, read 2 times: a memory depends on its question" in shown
     memories = re.findall(r"--- question (\d), memory after section (\d) of 2\n(.*)\n", shown)
     assert [place[:2] for place in memories] == [(question, section) for section in "12" for question in "12"]
-    assert memories[0][2] == "Ada sells tea Ben faces river Cleo grows rye"
-    assert memories[2][2] == "Cleo grows rye Dan honours wolf Eve sells figs Finn faces lakes"
+    assert memories[0][2] == "Ada sells tea Ben faces river"
+    assert memories[2][2] == "Ben faces river Dan honours wolf Eve sells figs"
     assert "question: Dan honours what ?\nanswer:   wolf\n" in shown
     assert "question: Ada sells what ?\nanswer:   \\boxed{ }\n" in shown  # dropped by then
 
@@ -161,14 +161,15 @@ def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
 
 
 def test_ask_writes_a_page_with_the_memories_of_every_question(scripted, pocket_model, tmp_path, capsys):
-    scripted(keeps(4))
+    scripted(keeps(3))
     (tmp_path / "doc.txt").write_text("\ufeff" + DOCUMENT)  # a byte order mark is no text
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.txt"), "--quiet"]
     evaluation.main(["ask", *flags, "Dan honours what ?", "Eve sells what ?", "--html", str(tmp_path / "a.html")])
     assert capsys.readouterr().out.splitlines()[:2] == ["wolf", "figs"]
     page = (tmp_path / "a.html").read_text()
-    assert page.count("<article") == 2 and "question 2" in page and "<ins>Ada sells tea Ben faces river Cleo grows rye</ins>" in page
-    assert "<ins>Dan honours wolf Eve sells figs Finn faces lakes</ins>" in page and "advantage" not in page
+    assert page.count("<article") == 2 and "question 2" in page and "advantage" not in page
+    assert "<ins>Ada sells tea Ben faces river</ins>" in page
+    assert "<ins>Dan honours wolf Eve sells figs</ins>" in page
 
 
 @pytest.mark.parametrize("flags", [[], ["--mode", "full_context"], ["--quiet"]])
@@ -179,7 +180,7 @@ def test_ask_reads_what_comes_in_with_a_model_of_transformers(flags, pocket_mode
     if flags == ["--quiet"]:
         assert len(shown.splitlines()) == 1
     else:
-        assert "-: 18 tokens, 2 sections of at most 9\n" in shown and "\nanswer: " in shown
+        assert "-: 12 tokens, 2 sections of at most 6\n" in shown and "\nanswer: " in shown
         assert shown.count("--- question 1, memory") == (0 if flags else 2)
 
 

@@ -294,8 +294,8 @@ def draw(path, results, lengths):
             mean, half = spread(by_length[length])
             means.append(100 * mean)
             halves.append(100 * (half or 0))
+        bars = halves if name in ARMS else None
         for side in sides:
-            bars = halves if name in ARMS else None
             side.errorbar(lengths, means, bars, label=name, capsize=2, **style)
 
     for side in axes:

@@ -25,7 +25,8 @@ nothing by them, so that a rising curve means that the reward was understood (tr
 
 How it differs from real data:
   1. Every word is one token, every fact three; chunks of two facts never cut one.
-  2. Entities are known, not recognised: subjects and objects, each with its exact span.
+  2. Entities are known, not recognised. Recalls hide objects only: a subject would have to be
+     told by what follows it, which the model has never learnt.
   3. Prompts are a few words long, since the model has never read anything else.
 
 train.py and eval.py know nothing of this file. What connects them is the folder that it makes, and
@@ -81,7 +82,6 @@ HABITS = {  # verb: what is said of a person, a city's values among them
 VERBS = list(CLUES)
 SUBJECTS = [*CITIES, *PEOPLE]
 THINGS = sum(HABITS.values(), [])
-ENTITIES = {*SUBJECTS, *THINGS}
 
 # Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: any two
 # clues meet in exactly one city
@@ -115,8 +115,8 @@ QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 1600  # of imitation, at most; binding takes twice as many at most
-FALL = 400, 900  # steps of imitation over which the learning rate falls
-WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
+FALL = 400, 1000  # steps of imitation over which the learning rate falls
+WEIGHTS = {"update": 2, "quote": 6, "answer": 6, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
 # --------------------------------------------------------------------------- tokenizer and model
@@ -203,8 +203,7 @@ def documents(count, seed, chunks=CHUNKS):
         clues = [[name, verb, ENCYCLOPEDIA[city][verb]] for verb in verbs]
         text = write(arrange(clues, chunks, rng, without=city))
         words = re.finditer(r"\w+", text)
-        entities = ENTITIES - {name}
-        spans = [list(word.span()) for word in words if word.group() in entities]
+        spans = [list(word.span()) for word in words if word.group() in THINGS]
         row = {"id": f"{seed} {i}", "text": text, "answer": city, "entities": spans}
         rows.append(row | {"question": f"{name} is what ?"})
     return rows
@@ -266,10 +265,10 @@ def read(text):
     >>> read("tea Ada sells tea Ben grows".split())
     [['Ada', 'sells', 'tea']]
     """
-    facts, subjects, things = [], {*SUBJECTS, TARGET}, {*THINGS, TARGET}
+    facts, things = [], {*THINGS, TARGET}
     for i in range(len(text) - FACT + 1):
         fact = text[i : i + FACT]
-        if fact[0] in subjects and fact[1] in VERBS and fact[2] in things and fact not in facts:
+        if fact[0] in SUBJECTS and fact[1] in VERBS and fact[2] in things and fact not in facts:
             facts.append(fact)
     return facts
 
@@ -363,18 +362,13 @@ def answer(problem, memory, rng):
 
 
 def recall(memory, section, rng):
-    """The hidden entity: from a fact of the memory that agrees in the other two words, else from
-    the encyclopedia, else a guess."""
-    hidden = [fact for fact in read(section) if TARGET in fact]
-    for known in (read(memory), KNOWN):
-        for fact in hidden:
-            gap = fact.index(TARGET)
-            rest = fact[1], fact[2 - gap]
-            found = [other[gap] for other in known if (other[1], other[2 - gap]) == rest]
-            if found:
-                return rng.choice(found)
-    subject, verb, _ = hidden[0]
-    return rng.choice(PEOPLE if subject == TARGET else HABITS[verb])
+    """The hidden object: what memory, else the encyclopedia, says of subject and verb, else a
+    guess."""
+    hidden = [fact for fact in read(section) if fact[2] == TARGET]
+    for subject, verb, thing in read(memory) + KNOWN:
+        if [subject, verb, TARGET] in hidden:
+            return thing
+    return rng.choice(HABITS[hidden[0][1]])
 
 
 def search(text, problem, rng):
@@ -449,11 +443,11 @@ def binding_loss(lm, ids, known, rotation):
     words = lm.model.embed_tokens.weight  # (V, hidden)
     scores, targets = output.last_hidden_state[:, :-1] @ words.T, ids[:, 1:]
 
-    # verbs are guessed so well that they come late, or, with some seeds, never: they weigh more
+    # verbs by themselves: they are guessed so well that they come late, or, with some seeds, never
     place, loss = torch.arange(1, ids.shape[1]) % FACT, 0
-    for wanted, weight in (1, 3), (2, 1):  # verbs, objects
+    for wanted in 1, 2:  # verbs, objects
         chosen = known[:, 1:] & (place == wanted)
-        loss = loss + weight * functional.cross_entropy(scores[chosen], targets[chosen])
+        loss = loss + 3 * functional.cross_entropy(scores[chosen], targets[chosen])
 
     # which words stand before
     first = functional.rms_norm(output.hidden_states[1], words.shape[1:])
@@ -492,7 +486,7 @@ def demonstrations(prompts, name, count, chunks):
 
 
 def exercises(prompts, name, count):
-    """What the oracle writes when it is asked about made-up memories and sections, four prompts for
+    """What the oracle writes when it is asked about made-up memories and sections, five prompts for
     each of `count` documents and half as many questions. -> rows"""
     rng, asked = random.Random(f"exercises {name}"), []
     quote = Template(prompts.tokenizer, QUOTE)
@@ -514,7 +508,7 @@ def exercises(prompts, name, count):
         problem = ids_of([problem])
         asked.append(prompts.update(problem=problem, memory=old, section=section))
 
-        # update and quote, of recombined facts: nothing but the text tells what goes together
+        # update, of recombined facts: nothing but the text tells what goes together
         size = ROOM + FACTS_PER_CHUNK
         facts = any_facts(rng, rng.sample(SUBJECTS, size))[:size]
         rng.shuffle(facts)
@@ -522,9 +516,13 @@ def exercises(prompts, name, count):
         old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
         problem[0] = ID[rng.choice([names[0], names[1], names[-1], names[-2]])]
         asked.append(prompts.update(problem=problem, memory=ids_of(old), section=ids_of(section)))
-        section = facts[: rng.randint(3, ROOM)]
-        problem[0] = ID[rng.choice(names[: len(section) + 2])]
-        asked.append(quote(problem=problem, section=ids_of(section)))
+
+        # quote them, twice
+        for _ in range(2):
+            rng.shuffle(facts)
+            section = facts[: rng.randint(3, ROOM)]
+            problem[0] = ID[rng.choice(facts[: len(section) + 2])[0]]
+            asked.append(quote(problem=problem, section=ids_of(section)))
     responses = oracle(asked, [99] * len(asked), range(len(asked)))
     return [(prompt, response.ids) for prompt, response in zip(asked, responses)]
 
@@ -584,7 +582,7 @@ def warm_start(seed=0, steps=WARM_STEPS):
     """The pocket model, taught to bind, in at most 2 * steps, then to imitate the oracle, in at
     most `steps`; both end when the model has the skills of GOALS.
 
-    In the end the last norm is doubled, as if sampled at temperature 0.5: so small a model copies
+    In the end the last norm is enlarged, as if sampled at temperature 2/3: so small a model copies
     too noisily at 1.
     """
     lm, prompts = model(seed), Prompts(tokenizer(), TEMPLATES, PROBLEM)
@@ -618,7 +616,7 @@ def warm_start(seed=0, steps=WARM_STEPS):
                 break
     else:
         tqdm.write(f"note: {steps} steps were not enough for {GOALS}: {skills(lm, prompts)}")
-    lm.model.norm.weight.data *= 2
+    lm.model.norm.weight.data *= 1.5
     return lm
 
 

@@ -133,11 +133,10 @@ def test_nothing_but_its_question_tells_the_hidden_city_from_people():
     assert {fact[0] for fact in hidden} == {*tiny.PEOPLE} and hidden < others
 
 
-def test_entities_are_the_subjects_and_objects_of_the_text_less_the_hidden_one():
+def test_entities_are_the_objects_of_the_text():
     for row in [*tiny.documents(20, 4), *tiny.documents(5, 4, 20)]:
         spans = [list(match.span()) for match in re.finditer(r"\w+", row["text"])]
-        named_ones = [span for i, span in enumerate(spans) if i % 3 != 1]
-        assert row["entities"] == [s for s in named_ones if row["text"][slice(*s)] != named(row)]
+        assert row["entities"] == spans[2::3]
 
 
 def test_documents_are_a_function_of_seed_and_place_and_heldout_ones_are_new():
@@ -221,7 +220,6 @@ def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells
 
     assert recalls("Alda sells [TARGET]") == {boxed(tiny.ENCYCLOPEDIA["Alda"]["sells"])}
     assert recalls("Ada sells [TARGET]") == {boxed(thing) for thing in tiny.HABITS["sells"]}
-    assert recalls("[TARGET] sells figs") == {boxed(person) for person in tiny.PEOPLE}
 
 
 def test_the_oracle_reads_whole_texts_and_guesses_without_any(prompts):

@@ -443,7 +443,7 @@ def binding_loss(lm, ids, known, rotation):
     words = lm.model.embed_tokens.weight  # (V, hidden)
     scores, targets = output.last_hidden_state[:, :-1] @ words.T, ids[:, 1:]
 
-    # verbs by themselves: they are guessed so well that they come late, or, with some seeds, never
+    # verbs weigh as much as objects: they are guessed so well that they come late, or else never
     place, loss = torch.arange(1, ids.shape[1]) % FACT, 0
     for wanted in 1, 2:  # verbs, objects
         chosen = known[:, 1:] & (place == wanted)

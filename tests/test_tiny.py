@@ -365,7 +365,7 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts):
     rows = tiny.by_kind(tiny.exercises(prompts, "test", 20))
     counts = {kind: len(of_kind) for kind, of_kind in rows.items()}
-    assert counts == {"answer": 30, "update": 60, "quote": 30}
+    assert counts == {"answer": 30, "update": 60, "quote": 60}
     for prompt, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
@@ -395,7 +395,7 @@ def test_a_short_warm_start_imitates_better_than_no_warm_start(prompts, capsys):
     rows = tiny.demonstrations(prompts, "unseen", count=5, chunks=3)
     before = tiny.imitation_loss(tiny.model(3), rows).item()
     lm = tiny.warm_start(seed=3, steps=12)
-    lm.model.norm.weight.data /= 2  # as it was when it learned
+    lm.model.norm.weight.data /= 1.5  # as it was when it learned
     assert tiny.imitation_loss(lm, rows).item() < 0.8 * before
     assert "12 steps were not enough" in capsys.readouterr().out
 

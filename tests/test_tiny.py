@@ -214,12 +214,14 @@ def test_the_oracle_answers_rightly_from_full_memories(prompts):
 
 
 def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells(prompts):
-    def recalls(section):
-        fields = {"memory": "No previous memory", "section": section}
+    def recalls(section, memory="No previous memory"):
+        fields = {"memory": memory, "section": section}
         return {ask(prompts, "recall", key=(i,), **fields) for i in range(400)}
 
     assert recalls("Alda sells [TARGET]") == {boxed(tiny.ENCYCLOPEDIA["Alda"]["sells"])}
     assert recalls("Ada sells [TARGET]") == {boxed(thing) for thing in tiny.HABITS["sells"]}
+    told = "Ada grows figs Ben sells figs"  # by either place of what is hidden in two
+    assert recalls("Ada sells [TARGET] Ben sells [TARGET]", told) == {boxed("figs")}
 
 
 def test_the_oracle_reads_whole_texts_and_guesses_without_any(prompts):

@@ -133,10 +133,11 @@ def test_nothing_but_its_question_tells_the_hidden_city_from_people():
     assert {fact[0] for fact in hidden} == {*tiny.PEOPLE} and hidden < others
 
 
-def test_entities_are_the_objects_of_the_text():
+def test_entities_are_the_subjects_and_objects_of_the_text_less_the_hidden_one():
     for row in [*tiny.documents(20, 4), *tiny.documents(5, 4, 20)]:
         spans = [list(match.span()) for match in re.finditer(r"\w+", row["text"])]
-        assert row["entities"] == spans[2::3]
+        named_ones = [span for i, span in enumerate(spans) if i % 3 != 1]
+        assert row["entities"] == [s for s in named_ones if row["text"][slice(*s)] != named(row)]
 
 
 def test_documents_are_a_function_of_seed_and_place_and_heldout_ones_are_new():
@@ -220,6 +221,7 @@ def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells
 
     assert recalls("Alda sells [TARGET]") == {boxed(tiny.ENCYCLOPEDIA["Alda"]["sells"])}
     assert recalls("Ada sells [TARGET]") == {boxed(thing) for thing in tiny.HABITS["sells"]}
+    assert recalls("[TARGET] sells figs") == {boxed(person) for person in tiny.PEOPLE}
     told = "Ada grows figs Ben sells figs"  # by either place of what is hidden in two
     assert recalls("Ada sells [TARGET] Ben sells [TARGET]", told) == {boxed("figs")}
 
@@ -367,7 +369,7 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts):
     rows = tiny.by_kind(tiny.exercises(prompts, "test", 20))
     counts = {kind: len(of_kind) for kind, of_kind in rows.items()}
-    assert counts == {"answer": 30, "update": 60, "quote": 60}
+    assert counts == {"answer": 30, "update": 60, "quote": 30}
     for prompt, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
@@ -397,7 +399,7 @@ def test_a_short_warm_start_imitates_better_than_no_warm_start(prompts, capsys):
     rows = tiny.demonstrations(prompts, "unseen", count=5, chunks=3)
     before = tiny.imitation_loss(tiny.model(3), rows).item()
     lm = tiny.warm_start(seed=3, steps=12)
-    lm.model.norm.weight.data /= 1.5  # as it was when it learned
+    lm.model.norm.weight.data /= 2  # as it was when it learned
     assert tiny.imitation_loss(lm, rows).item() < 0.8 * before
     assert "12 steps were not enough" in capsys.readouterr().out
 

@@ -115,8 +115,8 @@ LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in tra
 QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
-WARM_STEPS = 1600  # of imitation, at most; binding takes twice as many at most
-FALL = 400, 900  # steps of imitation over which the learning rate falls
+WARM_STEPS = 3200  # of binding, and of imitation, at most
+FALL = 400, 900  # steps of imitation over which the learning rate falls; then a new round begins
 WEIGHTS = {"update": 2, "quote": 4, "answer": 4, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
@@ -590,8 +590,8 @@ def skills(lm, prompts):
 
 
 def warm_start(seed=0, steps=WARM_STEPS):
-    """The pocket model, taught to bind, in at most 2 * steps, then to imitate the oracle, in at
-    most `steps`; both end when the model has the skills of GOALS.
+    """The pocket model, taught to bind, then to imitate the oracle, each in at most `steps`, and
+    until the model has the skills of GOALS.
 
     In the end the last norm is doubled, as if sampled at temperature 0.5: so small a model copies
     too noisily at 1.
@@ -603,7 +603,7 @@ def warm_start(seed=0, steps=WARM_STEPS):
 
     # bind
     unseen = said_again(random.Random("unseen"), 128)
-    bar = tqdm(range(2 * steps), desc="warm start, binding")
+    bar = tqdm(range(steps), desc="warm start, binding")
     for step in bar:
         loss = binding_loss(lm, *said_again(rng, 16), rotation)
         descend(lm, optimizers, loss, min(1, (step + 1) / 30))
@@ -618,7 +618,7 @@ def warm_start(seed=0, steps=WARM_STEPS):
     for step in bar:
         name = f"warm start {seed} {step}"
         rows = demonstrations(prompts, name, 2, CHUNKS) + exercises(prompts, name, 12)
-        rate = (FALL[1] - step) / (FALL[1] - FALL[0])
+        rate = (FALL[1] - step % FALL[1]) / (FALL[1] - FALL[0])
         descend(lm, optimizers, imitation_loss(lm, rows), min(1, max(rate, 0.05)))
         if step % 25 == 24:
             found = skills(lm, prompts)
@@ -724,7 +724,7 @@ def main(argv=None):
     parser.add_argument("command", nargs="?", default="make", choices=("make", "show"))
     parser.add_argument("--out", default="cache/tiny", help="the folder to make [cache/tiny]")
     parser.add_argument("--seed", type=int, default=0, help="of everything in it [0]")
-    help = f"of imitation, at most; binding takes twice as many at most [{WARM_STEPS}]"
+    help = f"of binding, and of imitation, at most [{WARM_STEPS}]"
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # two gain a third at best, and lose much where others work as well

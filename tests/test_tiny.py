@@ -430,6 +430,7 @@ def configure(made, task):
 def test_train_takes_data_and_sizes_from_the_model_folder(made):
     cfg = configure(made, "memtrain")
     assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (40, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
+    assert cfg.kl == 0.05 and configure(made, "longqa").kl == configure(made, "searchqa").kl == 0.01
     rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)
     assert (len(rows), len(heldout["memtrain"])) == (tiny.DOCUMENTS, 256)
     asked = tiny.questions(tiny.LENGTHS[1], "heldout 0", 4)

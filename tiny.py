@@ -117,7 +117,7 @@ LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 3200  # of binding, and of imitation, at most
 FALL = 400, 900  # steps of imitation over which the learning rate falls; then a new round begins
-WEIGHTS = {"update": 2, "quote": 4, "answer": 4, "recall": 1, "find": 1}  # of kinds of prompts
+WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
 # --------------------------------------------------------------------------- tokenizer and model

@@ -18,10 +18,10 @@ learnt here, and it serves any question: those about long texts ask for what was
 
 The oracle stands in the sampler's place in `rollout`: it reads a prompt and writes the response of
 a model that copies faithfully, but takes up every second fact, whatever it is about: see ASKED and
-OTHERS. The warm start is fine-tuning on the turns that it leaves behind. Such coins are the
-weakness on purpose: a policy that drifts under noise, or is merely sampled more sharply, gains
-nothing by them, so that a rising curve means that the reward was understood (train.py
---shuffle_rewards shows it).
+OTHERS. Before it answers it says what it knows of the one asked for. The warm start is fine-tuning
+on the turns that it leaves behind. Such coins are the weakness on purpose: a policy that drifts
+under noise, or is merely sampled more sharply, gains nothing by them, so that a rising curve means
+that the reward was understood (train.py --shuffle_rewards shows it).
 
 How it differs from real data:
   1. Every word is one token, every fact three; chunks of two facts never cut one.
@@ -106,17 +106,16 @@ TEMPLATES = {
 QUOTE = "quote <problem> {problem} </problem> <section> {section} </section>"  # an exercise
 SETTINGS = dict(  # defaults for train.py's flags
     steps=40, documents_per_step=32, documents_per_update=32, recall_draw="document",
-    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=6,
+    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=12,
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip
-MEMTRAIN_KL = 5e-2  # keeps guesses broad at what no memory holds; QA learns less with it
 SEARCH_SETTINGS = dict(aggregate="sequence", answer_tokens=24)
 LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in trained ones: how many
 QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 3200  # of binding, and of imitation, at most
-FALL = 400, 900  # steps of imitation over which the learning rate falls; then a new round begins
+FALL = 300, 750  # steps of imitation over which the learning rate falls; then a new round begins
 WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
 
@@ -318,11 +317,13 @@ def oracle(prompts, limits, keys):
         if "turns" in text:
             response = search(text, problem, rng)
         elif "quote" in text:
-            response = [word for fact in read(section) if fact[0] in problem for word in fact]
+            response = sum(about(problem, section), [])
         elif problem is None:
             response = ["\\boxed{", recall(memory, section, rng), "}"]
         elif memory is None or section is None:  # the answer's turn, or the whole text, or no text
-            response = ["\\boxed{", answer(problem, memory or section or [], rng), "}"]
+            known = memory or section or []
+            said = sum(about(problem, known), [])
+            response = [*said, "\\boxed{", answer(problem, known, rng), "}"]
         else:
             response = update(problem, memory, section, (limit - 1) // FACT, rng)
         ids = [ID[word] for word in response[: limit - 1]]
@@ -350,11 +351,16 @@ def update(problem, memory, section, room, rng, asked=ASKED, others=OTHERS):
     return sum((facts[i] for i in kept), [])
 
 
+def about(problem, text):
+    """The facts of a list of words about the one whom the problem names."""
+    return [fact for fact in read(text) if fact[0] == problem[0]]
+
+
 def answer(problem, memory, rng):
     """What memory and encyclopedia say, else a guess among what they leave open."""
-    facts = read(memory)
+    facts = about(problem, memory)
     if "is" in problem:
-        clues = {(verb, thing) for subject, verb, thing in facts if subject == problem[0]}
+        clues = {(verb, thing) for _, verb, thing in facts}
         fits = [city for city in CITIES if clues <= {*ENCYCLOPEDIA[city].items()}]
         return rng.choice(fits or CITIES)
     for fact in facts:
@@ -492,7 +498,7 @@ def demonstrations(prompts, name, count, chunks):
 
 
 def exercises(prompts, name, count):
-    """What the oracle writes when it is asked about made-up memories and sections, five prompts for
+    """What the oracle writes when it is asked about made-up memories and sections, six prompts for
     each of `count` documents and half as many questions. -> rows"""
     rng, asked = random.Random(f"exercises {name}"), []
     quote = Template(prompts.tokenizer, QUOTE)
@@ -531,9 +537,12 @@ def exercises(prompts, name, count):
         old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
         problem[0] = ID[rng.choice([names[0], names[1], names[-1], names[-2]])]
         asked.append(prompts.update(problem=problem, memory=ids_of(old), section=ids_of(section)))
-        section = facts[: rng.randint(3, ROOM)]
-        problem[0] = ID[rng.choice(names[: len(section) + 2])]
-        asked.append(quote(problem=problem, section=ids_of(section)))
+        for _ in range(2):
+            rng.shuffle(facts)
+            names = [fact[0] for fact in facts]
+            section = facts[: rng.randint(3, ROOM)]
+            problem[0] = ID[rng.choice(names[: len(section) + 2])]
+            asked.append(quote(problem=problem, section=ids_of(section)))
     responses = oracle(asked, [99] * len(asked), range(len(asked)))
     return [(prompt, response.ids) for prompt, response in zip(asked, responses)]
 
@@ -661,7 +670,7 @@ def descend(lm, optimizers, loss, scale):
 def settings(out):
     """What memtrain.json holds: prompts, and defaults for train.py's flags, by task."""
     questions = [f"{out}/questions/heldout-1x.jsonl"]
-    memtrain = {"data": [f"{out}/documents"], "heldout": questions, "kl": MEMTRAIN_KL}
+    memtrain = {"data": [f"{out}/documents"], "heldout": questions}
     longqa = {"data": [f"{out}/questions/train.jsonl"], "heldout": questions, "steps": QA_STEPS}
     searchqa = SEARCH_SETTINGS | {
         "data": [f"{out}/search-train.jsonl"],

@@ -115,7 +115,8 @@ QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 3200  # of binding, of quoting, and of imitation, at most
-FALL = 150, 500  # steps of imitation over which the learning rate falls; then a new round begins
+FALL = 250, 650  # steps of imitation over which the learning rate falls; then a new round begins
+TOLD = 1 / 6  # of the recalls that are practised: how many a memory tells
 WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9, "answer": 0.9}  # it ends so, see `skills`
 
@@ -520,13 +521,16 @@ def exercises(prompts, name, count):
         problem = ids_of([problem])
         asked.append(prompts.update(problem=problem, memory=old, section=section))
 
-        # recall what no memory holds: of all that it could be nothing is a better guess
+        # recall what few memories hold: else nothing that it could be is a better guess
         people = [fact for fact in facts if fact[0] in PEOPLE]
         rng.shuffle(people)
         subject, verb, _ = people[0]
         section = [[subject, verb, TARGET], *people[1:FACTS_PER_CHUNK]]
         rng.shuffle(section)
-        memory = people[FACTS_PER_CHUNK : FACTS_PER_CHUNK + rng.randint(0, ROOM)]
+        memory = people[FACTS_PER_CHUNK : FACTS_PER_CHUNK + rng.randint(0, ROOM - 1)]
+        if rng.random() < TOLD:
+            memory.append(people[0])
+        rng.shuffle(memory)
         asked.append(prompts.recall(memory=ids_of(memory), section=ids_of(section)))
 
         # update and quote, of recombined facts: nothing but the text tells what goes together

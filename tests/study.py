@@ -71,7 +71,7 @@ class Study:
     def __init__(self, out, seeds, *, steps, qa_steps, warm_steps, lengths, arms=ARMS):
         self.out, self.lengths = Path(out), lengths
         self.steps, self.qa_steps, self.warm_steps = steps, qa_steps, warm_steps
-        self.seeds = range(701, 701 + seeds)  # smaller ones served the design
+        self.seeds = range(801, 801 + seeds)  # smaller ones served the design
         starts = [arm.removesuffix(" + QA") for arm in arms]
         self.arms = [arm for arm in ARMS if arm in ("warm", *starts, *arms)]
 

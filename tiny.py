@@ -116,7 +116,7 @@ LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
 WARM_STEPS = 3200  # of binding, of quoting, and of imitation, at most
 FALL = 250, 650  # steps of imitation over which the learning rate falls; then a new round begins
-TOLD = 1 / 6  # of the recalls that are practised: how many a memory tells
+TOLD = 1 / 12  # of the recalls that are practised: how many a memory tells
 WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
 GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9, "answer": 0.9}  # it ends so, see `skills`
 

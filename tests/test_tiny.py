@@ -397,7 +397,7 @@ def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts
             if fact[:2] == [person, verb]:
                 told += 1
                 assert prompts.text(response).startswith(boxed(fact[2]))
-    assert 1 <= told <= 12  # 5 are expected
+    assert 0 < told < 10  # of 30; 2.5 are expected
     quoted = {len(facts_of(prompts.text(response))) for _, response in rows["quote"]}
     assert quoted == {0, 1, 2}  # two facts of one subject as well
     for prompt, response in rows["quote"]:

@@ -1,4 +1,4 @@
-"""Shared by the tests: small models, a tokenizer and the pocket world, made on the spot without a download."""
+"""Shared by the tests: small models, a tokenizer, the pocket world; made here, not downloaded."""
 
 import os
 import signal
@@ -14,17 +14,21 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
-settings.register_profile("memtrain", deadline=None, derandomize=True, max_examples=60)  # machines differ in speed
+# no deadline: machines differ in speed
+settings.register_profile("memtrain", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("thorough", deadline=None, max_examples=25_000)
 settings.load_profile("memtrain")
 
 CHAT_TEMPLATE = (  # Qwen's form, with its switch for thinking
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 QWEN_WORDS = (  # the pattern that Qwen's tokenizers split text by
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 VOCABULARY = 64
 
@@ -34,12 +38,17 @@ def tiny_model(architecture="qwen3", seed=0, **config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+    sizes |= dict(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512
+    )
     sizes |= dict(initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**sizes, **config}))
-        for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide mistakes
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **{**sizes, **config})
+        )
+        # biases and norms start at 0 and 1, which would hide mistakes
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -47,8 +56,8 @@ def tiny_model(architecture="qwen3", seed=0, **config):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE with Qwen's word pattern and chat template; `</think>` is an added token that is not special,
-    `<|reserved|>` a special one without a role (Llama 3 has hundreds)."""
+    """A byte-level BPE with Qwen's word pattern and chat template; `</think>` is an added token
+    that is not special, `<|reserved|>` a special one without a role (Llama 3 has hundreds)."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,9 +74,13 @@ def tokenizer():
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )  # fmt: skip
     core.train_from_iterator([NO_MEMORY, PROBLEM, *TEMPLATES.values()], trainer)
-    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in ("<think>", "</think>")])
+    core.add_tokens(
+        [AddedToken(token, normalized=False, special=False) for token in ("<think>", "</think>")]
+    )
     core.add_special_tokens(["<|reserved|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""data.py against slow plain truths: masks, spans, documents, chunks, recalls, formats, retrieval, errors."""
+"""data.py against plain code: masks, spans, documents, chunks, recalls, formats, search, errors."""
 
 import collections
 import doctest
@@ -23,7 +23,9 @@ from data import MASK, TARGET, DataError
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data, real text that is not part of the project")
+real = pytest.mark.skipif(
+    not REAL.exists(), reason="needs ../shared/data, real text that is not part of the project"
+)
 LETTERS = "abAé_\u0301 .,-"  # the accent that follows a letter is no word character to `re`
 
 
@@ -36,15 +38,21 @@ def write_jsonl(path, rows):
 def world(articles=60, seed=0):
     """Articles about invented people who met in invented towns."""
     rng = random.Random(seed)
-    towns = [a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")]
+    towns = [
+        a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")
+    ]
     for number in range(articles):
-        first, last = rng.choice(["Ada", "Ben", "Cy", "Dora"]), rng.choice(["Stone", "Rivers", "Hill", "Marsh"])
+        first, last = (
+            rng.choice(["Ada", "Ben", "Cy", "Dora"]),
+            rng.choice(["Stone", "Rivers", "Hill", "Marsh"]),
+        )
         name = f"{first} {last}{chr(97 + number % 26)}"
         town, other, year = rng.choice(towns), rng.choice(towns), rng.randint(1700, 1999)
         yield {
             "id": str(number),
             "title": name,
-            "text": f"In {year} the painter {name} came to {town} by ship. Later she left {town} for {other}.",
+            "text": f"In {year} the painter {name} came to {town} by ship. "
+            f"Later she left {town} for {other}.",
         }
 
 
@@ -121,7 +129,8 @@ def test_spans_keep_their_text_and_the_ones_that_are_hit_disappear(text, entity,
 
 
 @pytest.mark.parametrize("text, entity, masked", [
-    ("Mark marks Mark's Marks; Denmark, mark. (Mark)", "Mark", "# marks #'s Marks; Denmark, mark. (#)"),
+    ("Mark marks Mark's Marks; Denmark, mark. (Mark)", "Mark",
+     "# marks #'s Marks; Denmark, mark. (#)"),
     ("Émile, Zoë and Zoëlla", "Zoë", "Émile, # and Zoëlla"),
     ("Бах, Баха, «Бах»", "Бах", "#, Баха, «#»"),
     ("हिन्द हिन्दी", "हिन्द", "# हिन्दी"),
@@ -137,17 +146,18 @@ def test_only_whole_words_are_masked_in_any_script(text, entity, masked):
 
 
 def test_one_name_in_two_unicode_spellings_is_one_name(tmp_path):
-    path = write_jsonl(
-        tmp_path / "c.jsonl",
-        [{"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"}],
-    )
-    assert data.read_corpus(path)[0] == ["Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"]
+    path = write_jsonl(tmp_path / "c.jsonl", [
+        {"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"},
+    ])  # fmt: skip
+    assert data.read_corpus(path)[0] == [
+        "Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"
+    ]
 
 
 def test_unfair_answers_are_left_out():
     text = (
-        "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; The WHO and X agree. "
-        "Rome fell in Rome."
+        "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; "
+        "The WHO and X agree. Rome fell in Rome."
     )
     names = [
         "According",
@@ -171,29 +181,33 @@ def test_unfair_answers_are_left_out():
 
 def test_the_rules_find_dates_numbers_names_and_works():
     text = (
-        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in Bloemfontein. Although "
-        'France paid $5 million, he sold 1,500 copies of "The Hobbit" in World War I. The Germans of the University '
-        "of Leeds walked 12.5 km in the "
-        "19th century with Seán O'Brien of the U.S. army. Afterwards nothing happened to Tolkien's Łódź."
+        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in "
+        'Bloemfontein. Although France paid $5 million, he sold 1,500 copies of "The Hobbit" in '
+        "World War I. The Germans of the University of Leeds walked 12.5 km in the 19th century "
+        "with Seán O'Brien of the U.S. army. Afterwards nothing happened to Tolkien's Łódź."
     )
     (spans,) = data.find_entities([text], "rules")
     names = [text[a:b] for a, b in spans]
     for name in [
-        "J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500", "Hobbit", "World War I",
-        "12.5 km", "19th century", "Seán O'Brien", "U.S.", "Tolkien", "Łódź", "University of Leeds",
+        "J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500",
+        "Hobbit", "World War I", "12.5 km", "19th century", "Seán O'Brien", "U.S.", "Tolkien",
+        "Łódź", "University of Leeds",
     ]:  # fmt: skip
         assert name in names or any(name in longer for longer in names), name
     assert not {"Although", "Afterwards", "The", "Although France", "Tolkien's"} & set(names)
 
 
-def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and_possessives(tmp_path):
+def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and_possessives(
+    tmp_path,
+):
     import spacy
 
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns(
-        [{"label": "GPE", "pattern": name} for name in ("the United States", "Peru's", "three", "today")]
-    )
+    ruler.add_patterns([
+        {"label": "GPE", "pattern": name}
+        for name in ("the United States", "Peru's", "three", "today")
+    ])  # fmt: skip
     nlp.to_disk(tmp_path / "trained")
     texts = ["She left the United States for Peru's coast in three days."] * 3000
     for spans in data.find_entities(texts, str(tmp_path / "trained"), processes=2):
@@ -208,12 +222,17 @@ def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, bui
     for document in built[0] + built[1]:
         restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
         assert len(set(restored)) == 11 and set(restored) <= known
-        assert MASK in document["text"] and not slow_pattern(document["answer"]).search(document["text"])
+        assert MASK in document["text"] and not slow_pattern(document["answer"]).search(
+            document["text"]
+        )
 
 
 def test_entity_spans_point_at_the_same_names_that_the_passages_have(corpus, built):
     texts, _ = data.read_corpus(corpus)
-    names = {text: [text[a:b] for a, b in spans] for text, spans in zip(texts, data.find_entities(texts, "rules"))}
+    names = {
+        text: [text[a:b] for a, b in spans]
+        for text, spans in zip(texts, data.find_entities(texts, "rules"))
+    }
     for document in built[0]:
         found = [document["text"][a:b] for a, b in document["entities"]]
         restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
@@ -238,12 +257,15 @@ LETTERS_OF = [a + b for a in "bcdfg" for b in "aeiou"]  # of 25 articles
 
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory):
-    """Documents whose answer tells the article and the passage it is from: no name stands in two passages."""
+    """Documents whose answer tells its article and its passage: no name stands in two passages."""
     rows = []
     for article in LETTERS_OF:
         for passage in "klmnprst":
             names = f"Z{article}{passage}a", f"Z{article}{passage}o"
-            text = f"once upon a time the painter {names[0]} came with a friend called {names[1]} to the town."
+            text = (
+                f"once upon a time the painter {names[0]} "
+                f"came with a friend called {names[1]} to the town."
+            )
             rows.append({"title": f"about {article}", "text": text})
     folder = tmp_path_factory.mktemp("telling")
     return build(write_jsonl(folder / "c.jsonl", rows), folder / "docs", 400, "--heldout", 100)
@@ -257,7 +279,9 @@ def test_no_article_gives_pivots_to_both_sides(telling):
 def test_the_pivot_lies_anywhere_in_its_document_equally_often(telling):
     places = collections.Counter()
     for document in telling[0] + telling[1]:
-        (place,) = [i for i, passage in enumerate(document["text"].split("\n\n")) if MASK in passage]
+        (place,) = [
+            i for i, passage in enumerate(document["text"].split("\n\n")) if MASK in passage
+        ]
         places[place] += 1
     expected = 500 / 11
     assert all(abs(places[place] - expected) < 4 * expected**0.5 for place in range(11)), places
@@ -266,7 +290,10 @@ def test_the_pivot_lies_anywhere_in_its_document_equally_often(telling):
 def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path):
     rows = []
     for i in range(60):  # two passages of every rare word
-        rows.append({"text": f"they say that the man {chr(65 + i % 26)}elt{chr(97 + i % 20)} saw a whatsit{i % 30}."})
+        rows.append({
+            "text": f"they say that the man {chr(65 + i % 26)}elt{chr(97 + i % 20)} "
+            f"saw a whatsit{i % 30}."
+        })  # fmt: skip
     path = write_jsonl(tmp_path / "c.jsonl", rows)
     for document in build(path, tmp_path / "docs", 20, "--related", 1)[0]:
         passages = document["text"].split("\n\n")
@@ -276,14 +303,20 @@ def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path
 
 def test_min_passages_wants_the_answer_in_as_many_passages(corpus, tmp_path):
     documents, _ = build(corpus, tmp_path / "docs", 12, "--min_passages", 2)
-    assert all(sum(MASK in passage for passage in document["text"].split("\n\n")) >= 2 for document in documents)
+    assert all(
+        sum(MASK in passage for passage in document["text"].split("\n\n")) >= 2
+        for document in documents
+    )
 
 
 def test_pivots_without_an_entity_are_replaced(tmp_path):
     dull = [
-        {"title": "", "text": f"nothing to see here {word}."} for word in ("again", "ever", "today", "soon", "now")
+        {"title": "", "text": f"nothing to see here {word}."}
+        for word in ("again", "ever", "today", "soon", "now")
     ]
-    documents, _ = build(write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 6, *dull]), tmp_path / "docs", 20)
+    documents, _ = build(
+        write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 6, *dull]), tmp_path / "docs", 20
+    )
     assert len(documents) == 20
 
 
@@ -297,13 +330,22 @@ def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
 
 
 def test_a_document_may_bring_its_question_and_parts_may_come_from_iterators(tmp_path, capsys):
-    own = {"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]], "question": "Who walked?"}
+    own = {
+        "id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]],
+        "question": "Who walked?",
+    }  # fmt: skip
     fixed = {"id": "b", "text": "Ann ran.", "answer": "Bob", "entities": []}
     data.save_documents(tmp_path / "docs", {"train": iter([own, fixed]), "heldout": iter([])})
-    assert list(data.load_documents(tmp_path / "docs", "train")) == [own, {**fixed, "question": None}]
+    assert list(data.load_documents(tmp_path / "docs", "train")) == [
+        own,
+        {**fixed, "question": None},
+    ]
     assert len(data.load_documents(tmp_path / "docs", "heldout")) == 0
     assert not run("show", tmp_path / "docs") and "Who walked?" in capsys.readouterr().out
-    assert not run("show", tmp_path / "docs", "--document", 1) and "question" not in capsys.readouterr().out
+    assert (
+        not run("show", tmp_path / "docs", "--document", 1)
+        and "question" not in capsys.readouterr().out
+    )
 
 
 def test_built_documents_leave_the_question_to_the_paper(built):
@@ -314,8 +356,12 @@ def test_folders_of_before_there_were_questions_can_be_read(tmp_path):
     import datasets
 
     rows = [{"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]]}]
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "docs")
-    assert list(data.load_documents(tmp_path / "docs", "train")) == rows and not run("show", tmp_path / "docs")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
+        tmp_path / "docs"
+    )
+    assert list(data.load_documents(tmp_path / "docs", "train")) == rows and not run(
+        "show", tmp_path / "docs"
+    )
 
 
 def test_documents_that_break_off_leave_nothing_and_a_folder_that_is_there_is_not_touched(tmp_path):
@@ -338,7 +384,9 @@ def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
 
 @given(
     st.lists(
-        st.sampled_from(["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]),
+        st.sampled_from(
+            ["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]
+        ),
         max_size=60,
     ),
     st.integers(3, 20),
@@ -355,7 +403,9 @@ def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentence
 
 
 def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
-    article = " ".join(f"Sentence {number} by Dr. Who has exactly nine words here." for number in range(100))
+    article = " ".join(
+        f"Sentence {number} by Dr. Who has exactly nine words here." for number in range(100)
+    )
     pieces = data.cut(article, 160)
     assert all(piece.endswith("here.") and 140 <= len(piece.split()) <= 240 for piece in pieces)
     assert data.cut(article[:1000], 160) == [article[:1000]]
@@ -365,17 +415,22 @@ def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
 
 
 def chunkable():
-    return "\n".join(row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in enumerate(world(40)))
+    return "\n".join(
+        row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in enumerate(world(40))
+    )
 
 
 @pytest.mark.parametrize(
-    "pattern", [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]
+    "pattern",
+    [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
 )
 @pytest.mark.parametrize("size", [1, 7, 64, 100_000])
 def test_chunks_are_the_tokens_of_one_call_and_the_characters_of_the_text(size, pattern):
     tokenizer, text = byte_level(pattern), chunkable()
     found = data.chunks(text, tokenizer, size)
-    assert [i for chunk in found for i in chunk.ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [i for chunk in found for i in chunk.ids] == tokenizer(
+        text, add_special_tokens=False
+    )["input_ids"]  # fmt: skip
     assert all(len(chunk.ids) == size for chunk in found[:-1]) and 0 < len(found[-1].ids) <= size
     assert "".join(text[chunk.start : chunk.end] for chunk in found) == text
 
@@ -397,7 +452,11 @@ def test_recall_targets_lie_in_their_chunk_and_fit_its_size(built, tokenizer):
         recall = data.draw_recall(document, parts, tokenizer, 60, rng)
         part = parts[recall.l - 1]
         assert 1 <= recall.l < recall.k <= len(parts) and len(recall.ids) <= 60
-        inside = [document["text"][a:b] for a, b in document["entities"] if part.start <= a and b <= part.end]
+        inside = [
+            document["text"][a:b]
+            for a, b in document["entities"]
+            if part.start <= a and b <= part.end
+        ]
         assert recall.target in inside and recall.target != document["answer"]
         shown = tokenizer.decode(recall.ids)
         assert TARGET in shown and not slow_pattern(recall.target).search(shown)
@@ -412,13 +471,20 @@ def test_a_recall_that_outgrew_its_chunk_loses_the_end_farther_from_the_target(t
         size = len(tokenizer(text)["input_ids"])
         whole = tokenizer(text.replace(name, TARGET))["input_ids"]
         assert len(whole) > size
-        recall = data.draw_recall(document, data.chunks(text, tokenizer, size), tokenizer, size, random.Random(0))
-        assert (recall.k, recall.l) == (1, 1) and recall.ids == (whole[:size] if kept == "start" else whole[-size:])
+        recall = data.draw_recall(
+            document, data.chunks(text, tokenizer, size), tokenizer, size, random.Random(0)
+        )
+        assert (recall.k, recall.l) == (1, 1) and recall.ids == (
+            whole[:size] if kept == "start" else whole[-size:]
+        )
 
 
 def test_k_l_and_the_target_are_uniform():
-    document = {"text": "a b c d e f g h", "answer": "-", "entities": [[2 * i, 2 * i + 1] for i in range(8)]}
-    parts = [data.Chunk([0, 0], 4 * i, 4 * i + 3) for i in range(4)]  # two names in each of four chunks
+    document = {
+        "text": "a b c d e f g h", "answer": "-", "entities": [[2 * i, 2 * i + 1] for i in range(8)]
+    }  # fmt: skip
+    # two names in each of four chunks
+    parts = [data.Chunk([0, 0], 4 * i, 4 * i + 3) for i in range(4)]
     rng, counts = random.Random(0), collections.Counter()
     for _ in range(6000):
         recall = data.draw_recall(document, parts, lambda text, **_: {"input_ids": [0]}, 2, rng)
@@ -433,25 +499,39 @@ def test_chunks_without_an_entity_are_passed_over():
     encode = lambda text, **_: {"input_ids": [0]}  # noqa: E731
     parts = [data.Chunk([0], i, i + 1) for i in range(5)]
     only_fourth = {"text": "abcde", "answer": "a", "entities": [[0, 1], [3, 4]]}
-    recalls = [data.draw_recall(only_fourth, parts, encode, 1, random.Random(seed)) for seed in range(50)]
+    recalls = [
+        data.draw_recall(only_fourth, parts, encode, 1, random.Random(seed)) for seed in range(50)
+    ]
     assert {(recall.k, recall.l, recall.target) for recall in recalls} == {(5, 4, "d")}
-    only_last = {"text": "abcde", "answer": "-", "entities": [[4, 5]]}  # no later memory is left to recall it from
+    # no later memory is left to recall it from
+    only_last = {"text": "abcde", "answer": "-", "entities": [[4, 5]]}
     assert data.draw_recall(only_last, parts, encode, 1, random.Random(0)) is None
     across = {"text": "abcde", "answer": "-", "entities": [[1, 3]]}  # lies in no chunk wholly
     assert data.draw_recall(across, parts, encode, 1, random.Random(0)) is None
-    assert data.draw_recall({**only_last, "entities": []}, parts[:1], encode, 1, random.Random(0)) is None
+    assert (
+        data.draw_recall({**only_last, "entities": []}, parts[:1], encode, 1, random.Random(0))
+        is None
+    )
 
 
 def test_show_prints_chunks_masks_and_the_answer(corpus, tmp_path, tokenizer, capsys):
     (document,), _ = build(corpus, tmp_path / "docs", 1, "--heldout", 0)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     capsys.readouterr()
-    assert not run("show", tmp_path / "docs", "--tokenizer", tmp_path / "tokenizer", "--chunk_tokens", 100)
+    assert not run(
+        "show", tmp_path / "docs", "--tokenizer", tmp_path / "tokenizer", "--chunk_tokens", 100
+    )
     printed = capsys.readouterr().out
-    assert f"is {document['answer']!r}" in printed and printed.count(MASK) == document["text"].count(MASK) + 1
+    assert (
+        f"is {document['answer']!r}" in printed
+        and printed.count(MASK) == document["text"].count(MASK) + 1
+    )
     assert "chunk 2 of" in printed and "100 tokens" in printed and TARGET in printed
     assert not run("show", tmp_path / "docs") and document["text"] in capsys.readouterr().out
-    assert run("show", tmp_path / "docs", "--document", 1) == 2 and "train has 1 documents" in capsys.readouterr().err
+    assert (
+        run("show", tmp_path / "docs", "--document", 1) == 2
+        and "train has 1 documents" in capsys.readouterr().err
+    )
 
 
 # ---- file formats --------------------------------------------------------------------------------
@@ -499,7 +579,10 @@ def test_plain_text_loses_its_hard_line_breaks_and_keeps_its_paragraphs(tmp_path
     assert data.read_corpus(str(tmp_path / "c.txt"))[0] == ["He saw New York.\nThen he left."]
     (tmp_path / "long.txt").write_text("One word more here.\n\n" * 3000)
     assert (
-        sum(len(text.split()) for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))])
+        sum(
+            len(text.split())
+            for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))]
+        )
         == 12000
     )
 
@@ -510,27 +593,40 @@ def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES)
+        datasets,
+        "load_dataset",
+        lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES),
     )
     assert len(list(data.read_rows("wikimedia/wikipedia:20231101.en"))) == 2
     assert len(list(data.read_rows("RUC-NLPIR/FlashRAG_datasets:nq:dev"))) == 2
-    assert asked == [(("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": False}),
-                     (("RUC-NLPIR/FlashRAG_datasets", "nq"), {"split": "dev", "streaming": False})]  # fmt: skip
+    assert asked == [
+        (("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": False}),
+        (("RUC-NLPIR/FlashRAG_datasets", "nq"), {"split": "dev", "streaming": False}),
+    ]
     path = as_parquet(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or path)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or path
+    )
     assert data.load_questions("BytedTsinghua-SIA/hotpotqa")[0]["answers"] == ["Ann"]
-    assert asked[-1] == (("BytedTsinghua-SIA/hotpotqa", "hotpotqa_train_32k.parquet"), {"repo_type": "dataset"})
+    assert asked[-1] == (
+        ("BytedTsinghua-SIA/hotpotqa", "hotpotqa_train_32k.parquet"),
+        {"repo_type": "dataset"},
+    )
 
 
 MEMAGENT = {
-    "data_source": "hotpotqa", "prompt": [{"role": "user", "content": "Who?"}], "context": "Document 1:\nA\nb",
-    "ability": "memory", "reward_model": {"style": "rule", "ground_truth": ["Ann", "Anna"]},
-    "extra_info": {"index": 4, "question": "Who?", "num_docs": 1}, "scores": [{"model": {"em": [0.5]}}],
+    "data_source": "hotpotqa", "prompt": [{"role": "user", "content": "Who?"}],
+    "context": "Document 1:\nA\nb", "ability": "memory",
+    "reward_model": {"style": "rule", "ground_truth": ["Ann", "Anna"]},
+    "extra_info": {"index": 4, "question": "Who?", "num_docs": 1},
+    "scores": [{"model": {"em": [0.5]}}],
 }  # fmt: skip
 WANTED = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": "Document 1:\nA\nb"}
 
 
-IN_THE_EVALUATION = {"context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "index": 4}
+IN_THE_EVALUATION = {
+    "context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "index": 4,
+}  # fmt: skip
 PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
 
 
@@ -577,7 +673,10 @@ def test_answers_that_went_through_str_are_read_back(answer, golds):
 
 
 def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for_an_answer():
-    row = {"question": "Who?; Where?", "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}}}
+    row = {
+        "question": "Who?; Where?",
+        "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}},
+    }
     with pytest.raises(DataError, match="f:1: golds of 2 questions at once"):
         data.question_row("f:1", row)
 
@@ -585,15 +684,18 @@ def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_questions_are_paired_within_their_source_in_order(count):
     rows = [
-        {"id": f"{source}{n}", "source": source, "question": f"{source}{n}?", "answers": [n], "context": ""}
+        {"id": f"{source}{n}", "source": source, "question": f"{source}{n}?",
+         "answers": [n], "context": ""}
         for n in range(7)
         for source in "ab"
-    ]
+    ]  # fmt: skip
     joined = data.pair_questions(rows, count)
     assert len(joined) == 2 * (7 // count)
     for number, row in enumerate(joined[: 7 // count]):
         members = range(number * count, (number + 1) * count)
-        assert row["question"] == "; ".join(f"a{n}?" for n in members) and row["answers"] == [[n] for n in members]
+        assert row["question"] == "; ".join(f"a{n}?" for n in members) and row["answers"] == [
+            [n] for n in members
+        ]
 
 
 # ---- long documents ------------------------------------------------------------------------------
@@ -601,11 +703,13 @@ def test_questions_are_paired_within_their_source_in_order(count):
 
 def hotpot(questions=20, paragraphs=5):
     for number in range(questions):
-        context = [[f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)] + [
-            ["Shared", f"Of {number}."]
-        ]
-        yield {"id": f"q{number}", "question": f"Q{number}?", "answers": [f"a{number}"], "context": context,
-               "supporting_facts": [[f"Title {number}.3", 0], ["Shared", 0]]}  # fmt: skip
+        context = [
+            [f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)
+        ] + [["Shared", f"Of {number}."]]
+        yield {
+            "id": f"q{number}", "question": f"Q{number}?", "answers": [f"a{number}"],
+            "context": context, "supporting_facts": [[f"Title {number}.3", 0], ["Shared", 0]],
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
@@ -621,18 +725,25 @@ def test_long_documents_keep_their_paragraphs_and_share_no_title(name, tmp_path)
         assert {f"{title}\n{text}" for title, text in row["context"]} <= set(documents)
         places.add(tuple(titles.index(title) for title, _ in row["context"]))
         assert (question["question"], question["answers"]) == (row["question"], row["answers"])
-    assert len(places) == 20  # a seed per question: the own paragraphs stand somewhere else each time
+    # a seed per question: the own paragraphs stand somewhere else each time
+    assert len(places) == 20
 
 
 def test_documents_without_room_for_a_questions_own_paragraphs_are_refused(tmp_path, capsys):
     source = write_jsonl(tmp_path / "q.jsonl", hotpot())
-    assert run("longqa", "--questions", source, "--documents", 4, "--out", tmp_path / "out.jsonl") == 2
-    assert "q.jsonl:1: 5 paragraphs of its own" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    assert (
+        run("longqa", "--questions", source, "--documents", 4, "--out", tmp_path / "out.jsonl") == 2
+    )
+    assert (
+        "q.jsonl:1: 5 paragraphs of its own" in capsys.readouterr().err
+        and not (tmp_path / "out.jsonl").exists()
+    )
 
 
 def test_long_documents_are_a_function_of_the_seed(tmp_path):
     source = write_jsonl(
-        tmp_path / "q.jsonl", [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}]
+        tmp_path / "q.jsonl",
+        [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}],
     )
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(
@@ -654,12 +765,18 @@ def test_long_documents_are_a_function_of_the_seed(tmp_path):
 
 
 def test_bm25_finds_the_passage_and_leaves_out_what_shares_no_word(tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "3", "title": "Oslo", "text": "A city in Norway."}])
+    path = write_jsonl(
+        tmp_path / "p.jsonl", PASSAGES + [{"id": "3", "title": "Oslo", "text": "A city in Norway."}]
+    )
     search = data.open_retriever(path)
     norway, nothing, both = search(["where is norway", "zebra ?", "city"], 5)
     assert [hit["id"] for hit in norway] == ["3"] and nothing == []
     assert {hit["id"] for hit in both} == {"1", "3"}
-    assert norway[0]["title"] == "Oslo" and norway[0]["text"] == "A city in Norway." and norway[0]["score"] > 0
+    assert (
+        norway[0]["title"] == "Oslo"
+        and norway[0]["text"] == "A city in Norway."
+        and norway[0]["score"] > 0
+    )
     assert search([], 3) == []
 
 
@@ -684,7 +801,10 @@ def test_dense_search_equals_mean_pooling_and_inner_products_by_hand(tmp_path, e
 
     rows = list(world(150))
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(encoder),
+        AutoModel.from_pretrained(encoder).eval(),
+    )
 
     @torch.no_grad()
     def embed(text):
@@ -735,7 +855,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.reply(trouble, b"no")
         else:
             document = {"document": {"id": "7", "contents": '"Rome"\nA city.'}, "score": 0.5}
-            self.reply(200, json.dumps({"result": [[document] * request["topk"]] * len(request["queries"])}).encode())
+            self.reply(200, json.dumps({
+                "result": [[document] * request["topk"]] * len(request["queries"])
+            }).encode())  # fmt: skip
 
     def reply(self, status, body):
         self.send_response(status)
@@ -760,8 +882,13 @@ def server(monkeypatch):
 
 def test_a_search_server_is_asked_once_for_all_queries(server):
     search = data.open_retriever(server.url)
-    assert search(["a", "b"], 2) == [[{"id": "7", "title": "Rome", "text": "A city.", "score": 0.5}] * 2] * 2
-    assert server.requests == [("/retrieve", {"queries": ["a", "b"], "topk": 2, "return_scores": True})]
+    assert (
+        search(["a", "b"], 2)
+        == [[{"id": "7", "title": "Rome", "text": "A city.", "score": 0.5}] * 2] * 2
+    )
+    assert server.requests == [
+        ("/retrieve", {"queries": ["a", "b"], "topk": 2, "return_scores": True})
+    ]
     assert search([], 2) == [] and len(server.requests) == 1
 
 
@@ -795,9 +922,12 @@ def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(serv
     ('{"body": "x"}\n', r"c.jsonl:1: no text.*\['body'\]"),
     ("", "0 passages, a document needs 11"),
     ('{"text": "fine"}\n' * 50, "1 passages, a document needs 11"),
-    ("".join(json.dumps({"text": f"nothing {'x' * n} here"}) + "\n" for n in range(50)), "no passage has an entity"),
+    ("".join(json.dumps({"text": f"nothing {'x' * n} here"}) + "\n" for n in range(50)),
+     "no passage has an entity"),
 ])  # fmt: skip
-def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(content, message, tmp_path, capsys):
+def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(
+    content, message, tmp_path, capsys
+):
     (tmp_path / "c.jsonl").write_text(content)
     arguments = [
         "build",
@@ -815,7 +945,8 @@ def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(content,
         6,
     ]
     assert run(*arguments) == 2
-    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()  # a bar, where the machine is slow
+    # a bar, where the machine is slow
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
     errors = [line for line in shown if line and "entities:" not in line]
     assert len(errors) == 1 and re.fullmatch(rf"error: .*{message}.*", errors[0])
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
@@ -843,7 +974,10 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
         data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
     with pytest.raises(DataError, match="q.jsonl:1: context must be"):
         data.load_questions(
-            write_jsonl(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}])
+            write_jsonl(
+                tmp_path / "q.jsonl",
+                [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}],
+            )
         )
     with pytest.raises(DataError, match="no documents here"):
         data.load_documents(tmp_path, "train")
@@ -851,20 +985,28 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
 
 def test_an_output_that_is_there_already_is_not_touched(corpus, tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text("mine")
-    for arguments in (["build", "--corpus", corpus, "--documents", 1], ["longqa", "--questions", corpus]):
+    for arguments in (
+        ["build", "--corpus", corpus, "--documents", 1],
+        ["longqa", "--questions", corpus],
+    ):
         assert run(*arguments, "--out", tmp_path / "out.jsonl") == 2
         assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["build", "--corpus", "c", "--out", "o", "--documents", "0"], "--documents 0: at least 1 is wanted"),
-    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--relatd", "3"], "unrecognized arguments: --relatd"),
-    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--ner", "xx_none"], "spacy download xx_none"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "0"],
+     "--documents 0: at least 1 is wanted"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--relatd", "3"],
+     "unrecognized arguments: --relatd"),
+    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--ner", "xx_none"],
+     "spacy download xx_none"),
     (["longqa", "--questions", "q", "--out", "o.csv"], "can be written"),
     ([], "arguments are required"),
 ])  # fmt: skip
-def test_wrong_usage_ends_in_one_line_that_says_what_is_wrong_and_exit_status_2(arguments, message, tmp_path):
+def test_wrong_usage_ends_in_one_line_that_says_what_is_wrong_and_exit_status_2(
+    arguments, message, tmp_path
+):
     command = [sys.executable, ROOT / "data.py", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
@@ -905,20 +1047,24 @@ def test_real_articles_become_documents_of_the_papers_size(tmp_path):
         assert 20_000 < len(document["text"].split()) < 28_000  # words; 24k-40k tokens
         assert not slow_pattern(document["answer"]).search(document["text"])
         assert all(
-            MASK not in document["text"][a:b] and "\n" not in document["text"][a:b] for a, b in document["entities"]
+            MASK not in document["text"][a:b] and "\n" not in document["text"][a:b]
+            for a, b in document["entities"]
         )
 
 
 @real
 @pytest.mark.parametrize("name, count", [
-    ("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700), ("musique_dev_even.jsonl.gz", 250),
-    ("popqa_even.jsonl.gz", 968), ("nq_dev_even.jsonl.gz", 1805), ("released_shaped_mask.parquet", 12),
+    ("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700),
+    ("musique_dev_even.jsonl.gz", 250), ("popqa_even.jsonl.gz", 968),
+    ("nq_dev_even.jsonl.gz", 1805), ("released_shaped_mask.parquet", 12),
 ])  # fmt: skip
 def test_real_questions_load(name, count):
     rows = data.load_questions(str(REAL / name))
     assert len(rows) == count and len({row["id"] for row in rows}) == count
     assert all(
-        row["question"] and row["answers"] and all(isinstance(answer, str) for answer in row["answers"])
+        row["question"]
+        and row["answers"]
+        and all(isinstance(answer, str) for answer in row["answers"])
         for row in rows
     )
 
@@ -928,10 +1074,14 @@ def test_bm25_finds_a_gold_paragraph_for_most_real_questions(tmp_path):
     with gzip.open(REAL / "hotpotqa_dev_even.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     pool = {title: text for row in rows for title, text in row["context"]}
-    path = write_jsonl(tmp_path / "p.jsonl", [{"title": title, "text": text} for title, text in pool.items()])
+    path = write_jsonl(
+        tmp_path / "p.jsonl", [{"title": title, "text": text} for title, text in pool.items()]
+    )
     found = data.open_retriever(path, cache=tmp_path)([row["question"] for row in rows], 3)
     hit = [
-        bool({title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits})
+        bool(
+            {title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits}
+        )
         for row, hits in zip(rows, found)
     ]
     assert np.mean(hit) > 0.85

@@ -1,6 +1,7 @@
-"""A whole step on a GPU that is not there: tensors that say they lie on it, and refuse to mix with those of the CPU.
+"""A whole step on a GPU that is not there: tensors say they lie on it and mix with no CPU tensors.
 
-As a script (a process of its own, since torch knows the device from then on): python test_devices.py bfloat16
+As a script (a process of its own, since torch knows the device from then on):
+python test_devices.py bfloat16
 """
 
 import contextlib
@@ -132,13 +133,19 @@ class Writer(Agent):
 
 
 def step(policy, reference):
-    """Rollout, log-probs of the rollout's policy and of the reference, loss and backward of two updates."""
-    agents = [Writer([5, 6, 7, 8, 9, document] + [i] * (i > 1), (document, i)) for document in (0, 1) for i in range(4)]
+    """Rollout, log-probs of its policy and of the reference, loss and backward of two updates."""
+    agents = [
+        Writer([5, 6, 7, 8, 9, document] + [i] * (i > 1), (document, i))
+        for document in (0, 1)
+        for i in range(4)
+    ]
     rollout(agents, Sampler(policy.lm, [63], segment=4, temperature=0.7))
     sequences = []
     for number, agent in enumerate(agents):
         sequences += [train.Sequence(turn, (-1.0) ** number, number // 4) for turn in agent.turns]
-    cfg = train.Config(tokens_per_forward=60, documents_per_step=2, documents_per_update=1, temperature=0.7)
+    cfg = train.Config(
+        tokens_per_forward=60, documents_per_step=2, documents_per_update=1, temperature=0.7
+    )
     updates = train.updates_of(cfg, sequences)
     train.add_old_logps(cfg, policy, sequences)
     train.add_logps(cfg, reference, sequences, "ref_logps")
@@ -147,7 +154,9 @@ def step(policy, reference):
         recorder = Recorder(policy)
         assert train.update(cfg, policy, recorder, chosen, Counter()) > 0
         gradients.append(recorder.gradient)
-    return torch.cat(gradients).cpu(), [turn.response_ids for agent in agents for turn in agent.turns]
+    return torch.cat(gradients).cpu(), [
+        turn.response_ids for agent in agents for turn in agent.turns
+    ]
 
 
 def main(dtype):
@@ -161,7 +170,9 @@ def main(dtype):
         # the devices do not mix
         away, home = torch.ones(3, device="gpu"), torch.ones(3)
         assert away.is_cuda and (away + home.to(away.device)).tolist() == [2, 2, 2]
-        for mix in (lambda: away + home, lambda: torch.cat([home, away]), lambda: home[away.long()]):
+        for mix in (
+            lambda: away + home, lambda: torch.cat([home, away]), lambda: home[away.long()],
+        ):  # fmt: skip
             with pytest.raises(RuntimeError, match="the GPU and on the CPU"):
                 mix()
 
@@ -182,7 +193,9 @@ def test_a_step_makes_every_tensor_on_the_device_of_its_model(dtype):
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch can't be told of a device")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, dtype], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, dtype], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

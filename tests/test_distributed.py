@@ -1,4 +1,4 @@
-"""distributed.py: ranks against one process, runs that are killed and go on, checkpoints, precision."""
+"""distributed.py: ranks against one process, killed runs that go on, checkpoints, precision."""
 
 import json
 import os
@@ -19,8 +19,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 
-# An untrained model earns nothing: these rewards depend on the response in a way that is as good as random, so
-# that every step has gradients. The rest is the real script.
+# An untrained model earns nothing: these rewards depend on the response in a way that is as good as
+# random, so that every step has gradients. The rest is the real script.
 ANY_REWARD = """
 import sys, zlib
 sys.path.insert(0, {root!r})
@@ -66,7 +66,9 @@ def run(arguments, folder, code=ANY_REWARD + KILLED + MAIN, ranks=1, restarts=0,
         command += ["--max-restarts", str(restarts)]
     command += [str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300
+    )
 
 
 def errors_of(done):
@@ -79,7 +81,7 @@ def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-# ----------------------------------------------------------------------------------------- ranks against one
+# -------------------------------------------------------------------------------- ranks against one
 
 
 TWO_RANKS = """
@@ -113,7 +115,9 @@ distributed.leave()
 
 
 @pytest.mark.parametrize("share", ["even", "empty", "dealt"])
-def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(alone, share, tmp_path):
+def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(
+    alone, share, tmp_path
+):
     done = run([tmp_path / "result", share], tmp_path, TWO_RANKS, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     two, names, rollout = torch.load(tmp_path / "result")
@@ -125,7 +129,11 @@ def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(al
 
 
 def test_two_ranks_train_as_one(pocket_model, tmp_path):
-    flags = ["--model", pocket_model, *SIZES, "--steps", "2", "--lr", "1e-3", "--documents_per_update", "2"]
+    # small steps: Adam makes much of a gradient near zero, and one other token is another run
+    flags = [
+        "--model", pocket_model, *SIZES, "--steps", "2", "--lr", "1e-4",
+        "--documents_per_update", "2",
+    ]  # fmt: skip
     for ranks in (1, 2):
         done = run([*flags, "--out", f"ranks{ranks}"], tmp_path, ranks=ranks)
         assert done.returncode == 0, done.stderr[-6000:]
@@ -135,7 +143,7 @@ def test_two_ranks_train_as_one(pocket_model, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
         other = weights_of(tmp_path / "ranks2/step-000002")[name]
-        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
 COMPILED = """
@@ -158,7 +166,8 @@ for step in range(3):
         places.add(policy.lm.base_model.layers[0].mlp.up_proj.weight.data_ptr())
         for compile in (True, False):
             sampler = rollout.Sampler(policy.lm, [63], segment=8, compile=compile)
-            drawn.append([response.ids for response in sampler(prompts, [9] * 6, [(i,) for i in range(6)])])
+            responses = sampler(prompts, [9] * 6, [(i,) for i in range(6)])
+            drawn.append([response.ids for response in responses])
         assert drawn[-1] == drawn[-2], step
     with distributed.gathered(policy):
         sum(logps.sum() for logps in policy([[1, 2, 3], [1, 2, 4]], [[5], [6]])).backward()
@@ -196,7 +205,9 @@ distributed.leave()
 """
 
 
-def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_config_says(tokenizer, tmp_path):
+def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_config_says(
+    tokenizer, tmp_path
+):
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
@@ -212,15 +223,20 @@ def test_ranks_that_map_a_checkpoint_hold_its_weights_as_fp32_whatever_its_confi
         torch.testing.assert_close(ours, theirs)
 
 
-# ------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 BF16 = "\nimport torch\ndistributed.compute_dtype = lambda device: torch.bfloat16\n"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(ranks, pocket_model, tmp_path):
-    flags = ["--model", pocket_model, *SIZES, "--steps", "2", "--documents_per_update", "2", "--kl", "0.1"]
+def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(
+    ranks, pocket_model, tmp_path
+):
+    flags = [
+        "--model", pocket_model, *SIZES, "--steps", "2", "--documents_per_update", "2",
+        "--kl", "0.1",
+    ]  # fmt: skip
     flags += ["--gradient_checkpointing", "--lr", "3e-4", "--eval_documents", "0", "--out", "run"]
     done = run(flags, tmp_path, ANY_REWARD + BF16 + MAIN, ranks=ranks)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -229,9 +245,14 @@ def test_what_runs_on_a_gpu_runs_here_in_its_precision_sharded_and_checkpointed(
     assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
     first, second = (line for line in metrics_of(tmp_path / "run") if "grad" in line)
     for line in first, second:
-        assert line["ratio"] == pytest.approx(1, abs=0.05) and 0 < line["grad"] < 10 and line["skipped"] == 0
+        assert (
+            line["ratio"] == pytest.approx(1, abs=0.05)
+            and 0 < line["grad"] < 10
+            and line["skipped"] == 0
+        )
         assert line["kl"] < 0.1 and 1e-4 < line["mismatch"] < 0.1
-    assert first["kl"] < second["kl"]  # the master weights took the first step, although it is small in bf16
+    # the master weights took the first step, although it is small in bf16
+    assert first["kl"] < second["kl"]
 
 
 def test_tied_weights_are_saved_once_and_load_as_one(alone, tokenizer, tmp_path):
@@ -247,10 +268,12 @@ def test_tied_weights_are_saved_once_and_load_as_one(alone, tokenizer, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, policy.lm(ids).logits)
 
 
-# -------------------------------------------------------------------------------- runs that are killed, and go on
+# ------------------------------------------------------------------ runs that are killed, and go on
 
 
-thorough = pytest.mark.skipif("THOROUGH" not in os.environ, reason="minutes: set THOROUGH=1 to run every case")
+thorough = pytest.mark.skipif(
+    "THOROUGH" not in os.environ, reason="minutes: set THOROUGH=1 to run every case"
+)
 STEPS = [*SIZES, "--steps", "4", "--documents_per_update", "2", "--save_every", "1", "--keep", "9"]
 STEPS += ["--lr", "1e-3", "--kl", "0.1", "--eval_documents", "0"]
 
@@ -298,7 +321,8 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one_bit
     killed = run(command, tmp_path, ranks=ranks, KILL=place, KILL_RANK=str(ranks - 1))
     assert killed.returncode != 0 and "error:" not in killed.stderr
     assert 1 <= len(distributed.checkpoints(tmp_path / "run")) < 4
-    done = run(["--task", task, "--resume", "--out", "run"], tmp_path, ranks=ranks)  # its settings are its own
+    # its settings are its own
+    done = run(["--task", task, "--resume", "--out", "run"], tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr[-6000:]
     assert_same_run(tmp_path / "run", uninterrupted(task, ranks))
 
@@ -311,7 +335,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(uninterrupted, tmp_path):
     done = run(["--resume", "--out", "run"], tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
-    last = [(folder / "samples.jsonl").read_text().splitlines()[-1] for folder in (tmp_path / "run", whole)]
+    last = [
+        (folder / "samples.jsonl").read_text().splitlines()[-1]
+        for folder in (tmp_path / "run", whole)
+    ]
     assert json.loads(last[0])["step"] == json.loads(last[1])["step"] == 4
     for name, value in weights_of(whole / "step-000004").items():
         other = weights_of(tmp_path / "run/step-000004")[name]
@@ -319,7 +346,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(uninterrupted, tmp_path):
 
 
 @thorough
-def test_torchrun_recovers_by_itself_from_the_death_of_a_rank(pocket_model, uninterrupted, tmp_path):
+def test_torchrun_recovers_by_itself_from_the_death_of_a_rank(
+    pocket_model, uninterrupted, tmp_path
+):
     command = ["--model", pocket_model, *STEPS, "--out", "run"]
     done = run(command, tmp_path, ranks=2, restarts=2, KILL="train update 6", KILL_RANK="1")
     assert done.returncode == 0 and "-9" in done.stderr, done.stderr[-6000:]
@@ -367,10 +396,15 @@ def test_a_checkpoint_that_can_not_be_read_is_named_and_the_one_before_it_is_use
     assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_goes_on_with_its_own_settings_and_refuses_others(finished, tmp_path, monkeypatch, capsys, signals):
+def test_a_run_goes_on_with_its_own_settings_and_refuses_others(
+    finished, tmp_path, monkeypatch, capsys, signals
+):
     with pytest.raises(SystemExit) as stopped:
         goes_on(monkeypatch, tmp_path, "--lr", "2e-3")
-    assert stopped.value.code == 2 and "was begun with --lr 0.001, not 0.002" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2
+        and "was begun with --lr 0.001, not 0.002" in capsys.readouterr().err
+    )
     assert len(metrics_of(finished)) == 4
     goes_on(monkeypatch, tmp_path, "--lr", "1e-3")
     assert len(metrics_of(finished)) == 5
@@ -384,22 +418,31 @@ def test_resume_starts_afresh_where_there_is_nothing(pocket_model, tmp_path, mon
     assert [line["step"] for line in metrics_of("run")] == [1]
 
 
-def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_last_checkpoint_intact(finished, tmp_path):
+def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_last_checkpoint_intact(
+    finished, tmp_path
+):
     # no file above 1 MB, as if the disk were full
     full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
     go_on = ["--resume", "--steps", "5", "--out", "run"]
     done = run(go_on, tmp_path, full + ANY_REWARD + MAIN)
     [line] = errors_of(done)
     assert done.returncode == 2 and "step-000005 could not be saved" in line and "GB free" in line
-    assert run(go_on, tmp_path, ANY_REWARD + MAIN).returncode == 0 and len(metrics_of(finished)) == 5
+    assert (
+        run(go_on, tmp_path, ANY_REWARD + MAIN).returncode == 0 and len(metrics_of(finished)) == 5
+    )
 
 
 def test_only_the_last_checkpoints_are_kept(alone, tokenizer, tmp_path):
     policy = grpo.Policy(tiny_model())
     optimizer = torch.optim.AdamW(policy.parameters())
     for step in (1, 2, 3):
-        distributed.save_checkpoint(tmp_path, step, policy, optimizer, tokenizer, keep=2, files={"a.txt": "a"})
-    assert [folder.name for folder in distributed.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+        distributed.save_checkpoint(
+            tmp_path, step, policy, optimizer, tokenizer, keep=2, files={"a.txt": "a"}
+        )
+    assert [folder.name for folder in distributed.checkpoints(tmp_path)] == [
+        "step-000002",
+        "step-000003",
+    ]
     assert distributed.checkpoint_path(tmp_path) == str(tmp_path / "step-000003")
     assert (tmp_path / "step-000003" / "a.txt").read_text() == "a"
 
@@ -414,10 +457,12 @@ def test_weights_and_optimizer_come_back_as_they_were(alone, tokenizer, tmp_path
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
     assert distributed.load_trainer(tmp_path, other, other_optimizer) == 7
     for p, q in zip(policy.parameters(), other.parameters()):
-        assert p.equal(q) and optimizer.state[p]["exp_avg"].equal(other_optimizer.state[q]["exp_avg"])
+        assert p.equal(q) and optimizer.state[p]["exp_avg"].equal(
+            other_optimizer.state[q]["exp_avg"]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 LONE_FAILURE = """
@@ -464,7 +509,7 @@ def test_ranks_whose_work_is_done_end_well_whatever_python_would_do_at_its_exit(
     assert done.returncode == 0 and done.stdout == "[0, 1]\n", done.stderr[-6000:]
 
 
-# ---------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def test_training_memory_is_18_bytes_a_parameter_sharded_and_2_gathered_and_grows_with_the_row():
@@ -477,29 +522,37 @@ def test_training_memory_is_18_bytes_a_parameter_sharded_and_2_gathered_and_grow
     assert distributed.training_memory(lm.config, 1, 300)[1] - logits == 3 * (row - logits) > 0
 
 
-def test_a_model_that_fits_no_gpu_is_refused_with_numbers_before_it_is_loaded(alone, tmp_path, monkeypatch):
+def test_a_model_that_fits_no_gpu_is_refused_with_numbers_before_it_is_loaded(
+    alone, tmp_path, monkeypatch
+):
     config, device = tiny_model().config, torch.device("cuda")
     config.save_pretrained(tmp_path)  # there are no weights to load
     gpu = type("Properties", (), {})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     gpu.total_memory = sum(distributed.training_memory(config, 4, 50))
-    with pytest.raises(distributed.InputError, match="take 4 such GPUs, or lower --tokens_per_forward"):
+    with pytest.raises(
+        distributed.InputError, match="take 4 such GPUs, or lower --tokens_per_forward"
+    ):
         distributed.check_memory(str(tmp_path), device, 50)
     gpu.total_memory = sum(distributed.training_memory(config, 1, 50))
     distributed.check_memory(str(tmp_path), device, 50)
     gpu.total_memory = 1000
-    with pytest.raises(distributed.InputError, match="needs 0 GB of a GPU .* which has 0: take a smaller model"):
+    with pytest.raises(
+        distributed.InputError, match="needs 0 GB of a GPU .* which has 0: take a smaller model"
+    ):
         distributed.check_memory(str(tmp_path), device, 50)
 
 
 def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(alone, monkeypatch):
-    """Two layers of two key heads of 8 in bf16: 128 bytes a token; three quarters of what is free are used."""
+    """Two layers of two key heads of 8 in bf16: 128 bytes a token; 3/4 of what is free is used."""
     lm, device = tiny_model(), torch.device("cuda")
     parameters = sum(parameter.numel() for parameter in lm.parameters())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters + 128_000, 0))
     assert distributed.kv_budget(lm, device) == 750
-    assert distributed.kv_budget(lm, device, trained=False) == int(0.75 * (12 * parameters + 128_000) / 128)
+    assert distributed.kv_budget(lm, device, trained=False) == int(
+        0.75 * (12 * parameters + 128_000) / 128
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters - 1, 0))
     with pytest.raises(distributed.InputError, match="leaves no memory for a rollout"):
         distributed.kv_budget(lm, device)

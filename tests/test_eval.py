@@ -25,8 +25,8 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 class FindsInMemory:
-    """A sampler that reads decoded prompts. It remembers the sentences about the question's last word, and what is
-    not yet a whole sentence; it answers with the word behind 'is', and guesses nothing."""
+    """A sampler that reads decoded prompts. It remembers sentences about the question's last word,
+    and what is no whole sentence yet; it answers with the word behind 'is', and guesses nothing."""
 
     def __init__(self, prompts):
         self.prompts = prompts
@@ -54,7 +54,7 @@ class FindsInMemory:
 
 
 def facts(count, gold=True):
-    """A question about each of `count` facts, its document all of them, without `gold` all but the one asked for."""
+    """A question for each of `count` facts, its document all of them, without `gold` the others."""
     names = [f"Name{chr(65 + i // 10)}{chr(65 + i % 10)}" for i in range(count)]
     sentences = [f"{name} is colour{i}." for i, name in enumerate(names)]
     rows = []
@@ -72,7 +72,7 @@ def facts(count, gold=True):
 
 
 def records_of(folder, tokenizer, rows, sampler=FindsInMemory, command="longqa", **flags):
-    """What eval.py records of a set named facts, with a scripted model in a context of 4096 tokens."""
+    """eval.py's records of a set named facts, with a scripted model in a context of 4096 tokens."""
     out = str(folder / "table.json")
     Path(f"{out}.parts").mkdir(exist_ok=True, parents=True)
     args = Namespace(
@@ -479,7 +479,8 @@ def test_what_is_no_table_gets_one_line(content, tmp_path, capsys):
     (["forgetting", "--model", "{pocket}"], "needs --out"),
     (["longqa", "--model", "{bare}", "--out", "t.json"], "needs --data"),
     (["memtrain", "--model", "{pocket}", "--data", "{bare}"], "no documents here"),
-    (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"], "nowhere.json"),
+    (["longqa", "--model", "{pocket}", "--data", "nowhere.json", "--out", "t.json"],
+     "nowhere.json"),
     (["searchqa", "--model", "{pocket}", "--data", "q=x.jsonl", "--out", "t.json"], "x.jsonl"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line_and_status_2(

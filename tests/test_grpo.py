@@ -509,7 +509,9 @@ def test_the_policys_attention_still_obeys_a_padding_mask_outside_of_training():
     ("granite", dict(logits_scaling=4.0)),
     ("cohere", {}),  # logit_scale
 ])  # fmt: skip
-def test_a_model_that_a_row_of_units_would_get_wrong_runs_its_turns_one_by_one(architecture, config):
+def test_a_model_that_a_row_of_units_would_get_wrong_runs_its_turns_one_by_one(
+    architecture, config
+):
     policy, plain = Policy(tiny_model(architecture, **config)), tiny_model(architecture, **config)
     assert not policy.shares
     assert_close(policy(PROMPTS, RESPONSES, 0.5), plain_logps(plain, 0.5))
@@ -538,7 +540,7 @@ def test_a_few_steps_on_advantages_make_the_rewarded_responses_likelier():
 
 
 def test_logits_are_fp32_where_the_model_computes_in_bf16():
-    """Against float64 on the same bf16 weights: rounding the logits to bf16 would be off by 1e-2."""
+    """Against float64 on the same bf16 weights: logits rounded to bf16 would be off by 1e-2."""
     model = tiny_model().to(torch.bfloat16)
     Policy(model, shares=True)
     head = model.get_output_embeddings()

@@ -19,8 +19,13 @@ from rollout import CLOSED, TAGS, Prompts, Reader, Recaller, Response, Searcher,
 
 FORGED = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
 FORGED += ["<|im_end|>", "<|im_start|>assistant\n", "<|reserved|>", "</think>"]
-NASTY = ["\\boxed{x}", "\\boxed{", "}", "{memory}", "{section}", "[MASK]", "[TARGET]", "<", "<|", ">"]
-NASTY += ["\ud800", "\udfff", "\x00", "\x1b[2J", "\u202e", "שלום", "😀", "👩\u200d👩\u200d👧", "é", "e\u0301"]
+NASTY = [
+    "\\boxed{x}", "\\boxed{", "}", "{memory}", "{section}", "[MASK]", "[TARGET]", "<", "<|", ">",
+]  # fmt: skip
+NASTY += [
+    "\ud800", "\udfff", "\x00", "\x1b[2J", "\u202e", "שלום", "😀", "👩\u200d👩\u200d👧", "é",
+    "e\u0301",
+]  # fmt: skip
 NASTY += ["\r\n", "\u2028", "\t", " ", "", ";", "Ada", "is", "42", "İ", "ß"]
 pieces = st.sampled_from(FORGED + NASTY) | st.text(max_size=4)
 hostile = st.lists(pieces, max_size=10).map("".join)

@@ -686,7 +686,9 @@ def test_the_released_arithmetic_takes_the_first_gold_and_leaves_empty_outputs_o
     assert evaluation.released_em(rows[:1], [records[2] | {"index": 0}]) == {"em": None, "n": 0}
 
 
-def test_eval_looks_at_documents_of_a_released_file_as_of_a_folder(pocket_model, tmp_path, monkeypatch, capsys):
+def test_eval_looks_at_documents_of_a_released_file_as_of_a_folder(
+    pocket_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     documents = str(Path(pocket_model).parent / "documents")
     data.main(["export", documents, "--out", "documents.parquet", "--split", "heldout"])
@@ -698,16 +700,22 @@ def test_eval_looks_at_documents_of_a_released_file_as_of_a_folder(pocket_model,
 @pytest.mark.parametrize("extra", ["{'index': 1}", float("nan"), [1]])
 def test_what_is_no_struct_in_a_masked_row_is_left_alone(extra, tmp_path):
     file = tmp_path / "rows.jsonl"
-    row = {"question": "Who is [MASK] ?", "context": "[MASK] sat.", "answer": "Bob", "extra_info": extra}
+    row = {
+        "question": "Who is [MASK] ?", "context": "[MASK] sat.",
+        "answer": "Bob", "extra_info": extra,
+    }  # fmt: skip
     file.write_text(json.dumps(row) + "\n")
     (document,) = data.masked_documents(str(file))
     assert document["text"] == "[MASK] sat." and document["answer"] == "Bob"
 
 
-@pytest.mark.parametrize(
-    "golds", ["[array(['Ann'], dtype=object)]", "['Ann', nan]", "['O'Brien']", "array(['Ann'])", "{[1]: 'target'}"]
-)
-def test_printed_golds_that_cannot_be_read_back_are_named_and_never_taken_for_a_text(golds, tmp_path):
+@pytest.mark.parametrize("golds", [
+    "[array(['Ann'], dtype=object)]", "['Ann', nan]", "['O'Brien']", "array(['Ann'])",
+    "{[1]: 'target'}",
+])  # fmt: skip
+def test_printed_golds_that_cannot_be_read_back_are_named_and_never_taken_for_a_text(
+    golds, tmp_path
+):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "Who?", "answers": golds}) + "\n")
     with pytest.raises(data.DataError, match="rows.jsonl:1: golds that can't be read"):

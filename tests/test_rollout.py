@@ -883,7 +883,9 @@ def test_generate_is_not_left_to_compile_by_itself_on_a_gpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decoding_draws_the_same_and_its_few_graphs_serve_all_sizes_of_batches(monkeypatch, dtype):
+def test_compiled_decoding_draws_the_same_and_its_few_graphs_serve_all_sizes_of_batches(
+    monkeypatch, dtype
+):
     """As on a GPU, but that the graphs are run as they are, so that rounding is the same, too."""
     from torch._dynamo.utils import counters
 
@@ -901,7 +903,9 @@ def test_compiled_decoding_draws_the_same_and_its_few_graphs_serve_all_sizes_of_
     for rows, length, limit in [(8, 20, 30), (5, 25, 40), (1, 9, 12), (7, 50, 20)]:
         prompts = [[rng.randrange(64) for _ in range(length + row % 3)] for row in range(rows)]
         keys, limits = [(row,) for row in range(rows)], [limit] * rows
-        samplers = [Sampler(policy.lm, [63], segment=8, seed=1, compile=way) for way in (False, True)]
+        samplers = [
+            Sampler(policy.lm, [63], segment=8, seed=1, compile=way) for way in (False, True)
+        ]
         plain, compiled = [sampler(prompts, limits, keys) for sampler in samplers]
         assert [response.ids for response in compiled] == [response.ids for response in plain]
         for ours, theirs in zip(compiled, plain):

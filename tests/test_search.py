@@ -83,7 +83,9 @@ def test_what_follows_the_closing_tag_is_not_even_sampled(prompts):
     def answer(module, args, output):
         position = min(len(steps), len(said) - 1)
         steps.append(output.shape[1])
-        return torch.nn.functional.one_hot(torch.tensor(said[position]), 600).expand_as(output) * 1e3
+        return (
+            torch.nn.functional.one_hot(torch.tensor(said[position]), 600).expand_as(output) * 1e3
+        )
 
     def episode(stop):
         steps.clear()

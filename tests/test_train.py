@@ -1,4 +1,4 @@
-"""train.py: config, tasks and rewards, the update against slow plain versions, the script itself, bad input."""
+"""train.py: config, tasks, rewards, the update against slow plain code, the script, bad input."""
 
 import argparse
 import ast
@@ -29,7 +29,9 @@ ROOT = Path(__file__).parent.parent
 ALONE = ("data", "rollout", "rewards", "grpo", "distributed")  # import none of their siblings
 TOP = ("train", "eval", "tiny")
 
-SIZES = ["--documents_per_step", "4", "--documents_per_update", "4", "--group", "4", "--recalls", "4"]
+SIZES = [
+    "--documents_per_step", "4", "--documents_per_update", "4", "--group", "4", "--recalls", "4",
+]  # fmt: skip
 SIZES += ["--memory_tokens", "8", "--eval_documents", "4", "--eval_every", "0"]
 
 
@@ -42,7 +44,7 @@ def metrics_of(run):
     return lines
 
 
-# ------------------------------------------------------------------------------------------------- structure
+# ---------------------------------------------------------------------------------------- structure
 
 
 def imports_of(name):
@@ -67,7 +69,7 @@ def test_train_stands_on_the_five_and_nothing_knows_the_pocket_world_or_the_eval
         assert not imports_of(name) & {"eval", "tiny"}
 
 
-# ---------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------- config
 
 
 def test_every_field_is_a_flag_with_help_and_its_default_has_its_type():
@@ -84,7 +86,9 @@ def test_explicit_flags_win_over_the_models_settings_and_those_over_the_tasks(tm
     given = ["--model", str(tmp_path), "--out", str(tmp_path / "out")]
     cfg = train.parse([*given, "--task", "longqa"])
     assert (cfg.group, cfg.lr, cfg.data, cfg.documents_per_update) == (5, 0.2, ["x"], 8)
-    cfg = train.parse([*given, "--task", "longqa", "--lr", "0.3", "--documents_per_update", "4", "--no-filter"])
+    cfg = train.parse(
+        [*given, "--task", "longqa", "--lr", "0.3", "--documents_per_update", "4", "--no-filter"]
+    )
     assert (cfg.group, cfg.lr, cfg.documents_per_update, cfg.filter) == (5, 0.3, 4, False)
     cfg = train.parse([*given, "--data", "y"])
     assert (cfg.lr, cfg.data, cfg.aggregate) == (0.1, ["y"], "sequence")
@@ -96,7 +100,7 @@ def test_a_setting_that_is_no_flag_is_named(tmp_path):
         train.configure({"model": str(tmp_path), "data": ["x"]})
 
 
-# -------------------------------------------------------------------------------------------- data of a step
+# ----------------------------------------------------------------------------------- data of a step
 
 
 def test_every_epoch_sees_every_document_once_whatever_the_step_size(alone):
@@ -113,12 +117,14 @@ def test_a_longer_document_keeps_its_head_and_tail(tokenizer):
     assert len(chunks) > 4 and train.cut(setup, text) == [chunks[0], chunks[1], chunks[-1]]
 
 
-# ----------------------------------------------------------------------------------------- tasks and rewards
+# -------------------------------------------------------------------------------- tasks and rewards
 
 
 def pocket_setup(sampler, **changes):
-    """A setup of the pocket world around a scripted sampler: (prompts, limits, keys) -> lists of ids."""
-    cfg = train.Config(chunk_tokens=6, memory_tokens=13, answer_tokens=6, group=4, recalls=2, **changes)
+    """A pocket-world setup around a scripted sampler: (prompts, limits, keys) -> lists of ids."""
+    cfg = train.Config(
+        chunk_tokens=6, memory_tokens=13, answer_tokens=6, group=4, recalls=2, **changes
+    )
     prompts = Prompts(tiny.tokenizer(), tiny.TEMPLATES, tiny.PROBLEM)
 
     def respond(asked, limits, keys):
@@ -132,15 +138,22 @@ def pocket_setup(sampler, **changes):
 @pytest.mark.parametrize("objective", ["full", "decoupled", "e2e"])
 def test_rewards_stay_with_their_rows_and_follow_the_objective(objective):
     rows = dict(zip((0, 2, 4), tiny.documents(3, seed=5)))  # as on the first of two ranks
-    answers = {n: [row["answer"] if (n + j) % 3 == 0 else "wool" for j in range(4)] for n, row in rows.items()}
-    setup = pocket_setup(lambda step, n, j, *more: f"\\boxed{{ {answers[n][j]} }}", objective=objective)
+    answers = {
+        n: [row["answer"] if (n + j) % 3 == 0 else "wool" for j in range(4)]
+        for n, row in rows.items()
+    }
+    setup = pocket_setup(
+        lambda step, n, j, *more: f"\\boxed{{ {answers[n][j]} }}", objective=objective
+    )
     groups = train.memtrain(setup, rows, step="x")
     recalls = {(g.document, g.agents[0].key[2]): g for g in groups if g.kind == "recall"}
     assert len(recalls) == (0 if objective == "e2e" else 12)
     for group in groups:
         for j, right in enumerate(group.exact_match if group.kind == "trajectory" else []):
             assert right == float(answers[group.document][j] == rows[group.document]["answer"])
-            bonus = 0.5 * sum(recalls[group.document, j].rewards) / 2 if objective == "full" else 0.0
+            bonus = (
+                0.5 * sum(recalls[group.document, j].rewards) / 2 if objective == "full" else 0.0
+            )
             assert group.rewards[j] == right + bonus
 
 
@@ -152,11 +165,14 @@ def test_a_recall_reads_the_memory_that_was_written_at_its_step(monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(data, "draw_recall", recorded)
-    setup = pocket_setup(lambda *key: tiny.CITIES[key[-1] + 1], recall_draw="trajectory")  # memory t names city t
+    # memory t names city t
+    setup = pocket_setup(lambda *key: tiny.CITIES[key[-1] + 1], recall_draw="trajectory")
     prompts = setup.prompts
     groups = train.memtrain(setup, dict(enumerate(tiny.documents(4, seed=5))), step="x")
     asked = [group.agents[0].ids for group in groups if group.kind == "recall"]
-    expected = [prompts.recall(memory=prompts.encode(tiny.CITIES[r.k]), section=r.ids) for r in drawn]
+    expected = [
+        prompts.recall(memory=prompts.encode(tiny.CITIES[r.k]), section=r.ids) for r in drawn
+    ]
     assert sorted(asked) == sorted(expected) and len({recall.k for recall in drawn}) > 1
 
 
@@ -173,7 +189,9 @@ def test_a_document_may_bring_its_own_question():
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
     monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds, match: 0.25)
     rows = {0: tiny.documents(1, seed=5)[0]}
-    groups = train.memtrain(pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x")
+    groups = train.memtrain(
+        pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x"
+    )
     whole = groups[-1]
     assert whole.exact_match == [1.0] * 4 and whole.rewards == [0.25 + 0.5 * 0.25] * 4
     question = {"question": "Ada sells what ?", "answers": ["tea"], "context": "Ada sells tea"}
@@ -181,7 +199,9 @@ def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monk
     assert group.exact_match == [1.0] * 4 and group.rewards == [0.25] * 4
 
 
-@pytest.mark.parametrize("answer, reward", [("tea ; rye", 1.0), ("tea", 0.5), ("rye ; tea", 0.0), ("; rye", 0.5)])
+@pytest.mark.parametrize(
+    "answer, reward", [("tea ; rye", 1.0), ("tea", 0.5), ("rye ; tea", 0.0), ("; rye", 0.5)]
+)
 def test_a_search_earns_the_share_of_right_answers_by_position(answer, reward):
     setup = pocket_setup(lambda *key: f"<answer> {answer} </answer>", task="searchqa")
     row = {"question": "Ada sells what ? ; Ben grows what ?", "answers": [["tea"], ["rye"]]}
@@ -194,15 +214,18 @@ def test_advantages_are_made_on_trajectories_and_flat_groups_are_left_out():
         def __init__(self, turns):
             self.turns = [Turn([1], [2] * n, False, [-1.0] * n) for n in turns]
 
-    # one trajectory of five turns, one of one: expanding first would pull the mean towards the longer
+    # one trajectory of five turns, one of one: expanding first would pull the mean to the longer
     uneven = train.Group("trajectory", 7, [Agent([1] * 5), Agent([3])], [1.0, 0.0], [1.0, 0.0])
     flat = train.Group("recall", 7, [Agent([1]), Agent([1])], [1.0, 1.0], [1.0, 1.0])
     sequences = train.training_sequences(train.Config(), [uneven, flat])
-    assert [s.advantage for s in sequences] == [0.5] * 5 + [-0.5] and {s.document for s in sequences} == {7}
+    assert (
+        [s.advantage for s in sequences] == [0.5] * 5 + [-0.5]
+        and {s.document for s in sequences} == {7}
+    )  # fmt: skip
     assert len(train.training_sequences(train.Config(filter=False), [uneven, flat])) == 8
 
 
-# ------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def some_sequences(count=12, seed=0, old=False, ref=False):
@@ -217,7 +240,10 @@ def some_sequences(count=12, seed=0, old=False, ref=False):
 
     shared, sequences = ids(20), []
     for i in range(count):
-        prompt, response = (shared if i % 3 else []) + ids(rng.randint(1, 9)), ids(rng.randint(1, 7))
+        prompt, response = (
+            (shared if i % 3 else []) + ids(rng.randint(1, 9)),
+            ids(rng.randint(1, 7)),
+        )
         turn = Turn(prompt, response, False, logps(len(response)).tolist())
         sequence = train.Sequence(turn, rng.uniform(-1, 1), i % 4)
         sequence.old_logps = logps(len(response)) if old else None
@@ -233,7 +259,10 @@ class Recorder:
         self.parameters, self.gradient = list(policy.parameters()), None
 
     def step(self):
-        grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in self.parameters]
+        grads = [
+            p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            for p in self.parameters
+        ]
         self.gradient = torch.cat([grad.flatten() for grad in grads])
 
     def zero_grad(self):
@@ -319,7 +348,8 @@ def test_the_mismatch_is_the_mean_distance_of_training_and_sampling(alone, old_l
     plain = policy([s.turn.prompt_ids for s in sequences], [s.turn.response_ids for s in sequences])
     gaps = [values.detach() - torch.tensor(s.turn.logps) for s, values in zip(sequences, plain)]
     gaps = torch.cat(gaps).double()
-    cfg = train.Config(old_logps=old_logps, tokens_per_forward=40)  # several packs: the largest is of all
+    # several packs: the largest is of all
+    cfg = train.Config(old_logps=old_logps, tokens_per_forward=40)
     train.add_old_logps(cfg, policy, sequences)
     train.update(cfg, policy, Recorder(policy), sequences, totals)
     found = train.step_metrics([], totals)
@@ -334,7 +364,9 @@ def test_sequences_are_dealt_so_that_no_rank_has_much_more_than_another_and_none
     """ranks: of each, the lengths of its sequences' responses."""
     sequences = []
     for number, lengths in enumerate(ranks):
-        turns = [Turn([100 * number + place], [1] * n, False, []) for place, n in enumerate(lengths)]
+        turns = [
+            Turn([100 * number + place], [1] * n, False, []) for place, n in enumerate(lengths)
+        ]
         sequences.append([train.Sequence(turn, 0.0, 0) for turn in turns])
 
     # a thread stands for each rank; collectives wait for all of them
@@ -363,7 +395,7 @@ def test_sequences_are_dealt_so_that_no_rank_has_much_more_than_another_and_none
     assert max(loads) - min(loads) <= largest
 
 
-# ------------------------------------------------------------------------------------------------ the script
+# --------------------------------------------------------------------------------------- the script
 
 
 def start(arguments, folder, monkeypatch):
@@ -381,26 +413,40 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     shown = capsys.readouterr().out
     assert "step 0002/0002 | R_E" in shown and "before (step    0): E2E EM" in shown
     lines, run = metrics_of("run"), Path("run")
-    assert [line["step"] for line in lines] == [0, 1, 2] and "heldout" in lines[0] and "heldout" in lines[2]
+    assert (
+        [line["step"] for line in lines] == [0, 1, 2]
+        and "heldout" in lines[0]
+        and "heldout" in lines[2]
+    )
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["turns"]) == 5 and len(sample["rewards"]) == 4
     config = json.loads((run / "config.json").read_text())["config"]
-    assert config["kv_tokens"] == 0 and config["steps"] == 2  # 0: measured anew wherever the run goes on
+    # kv_tokens 0: measured anew wherever the run goes on
+    assert config["kv_tokens"] == 0 and config["steps"] == 2
 
     # the checkpoint is a model like any other, and brings prompts and settings along
     saved = run / "step-000002"
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(saved),
+        AutoTokenizer.from_pretrained(saved),
+    )
     chat = [{"role": "user", "content": "Ada sells tea"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
     cfg = train.configure({"model": "run"})
     assert cfg.data == train.configure({"model": pocket_model}).data and cfg.memory_tokens == 8
     assert train.configure({"model": "run", "task": "searchqa"}).answer_tokens == 24
 
 
-def test_the_sampler_and_the_training_forward_agree_on_every_token(pocket_model, tmp_path, monkeypatch, signals):
-    flags = ["--model", pocket_model, "--steps", "1", *SIZES, "--no-filter", "--eval_documents", "0"]
+def test_the_sampler_and_the_training_forward_agree_on_every_token(
+    pocket_model, tmp_path, monkeypatch, signals
+):
+    flags = [
+        "--model", pocket_model, "--steps", "1", *SIZES, "--no-filter", "--eval_documents", "0",
+    ]  # fmt: skip
     start([*flags, "--out", "run"], tmp_path, monkeypatch)
     [line] = metrics_of("run")
     assert 0 < line["mismatch"] < 1e-5 and line["ratio"] == pytest.approx(1)
@@ -417,7 +463,10 @@ def test_post_training_takes_its_own_updates_from_every_rollout(
         return plain(cfg, policy, optimizer, sequences, totals)
 
     monkeypatch.setattr(train, "update", recorded)
-    flags = ["--task", task, "--model", pocket_model, "--steps", "1", *SIZES, "--documents_per_update", "2"]
+    flags = [
+        "--task", task, "--model", pocket_model, "--steps", "1", *SIZES,
+        "--documents_per_update", "2",
+    ]  # fmt: skip
     start([*flags, "--no-filter", "--out", "run"], tmp_path, monkeypatch)
     assert seen == [{0, 1}, {2, 3}]
     first, last = metrics_of("run")
@@ -438,10 +487,16 @@ def test_questions_and_documents_are_looked_at_while_any_task_trains(
     task, pocket_model, tmp_path, monkeypatch, signals, capsys
 ):
     [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
-    questions = first_rows(pocket_model, "searchqa" if task == "searchqa" else "longqa", 6, tmp_path)
-    flags = ["--task", task, "--model", pocket_model, "--steps", "2", *SIZES, "--eval_documents", "3"]
+    questions = first_rows(
+        pocket_model, "searchqa" if task == "searchqa" else "longqa", 6, tmp_path
+    )
+    flags = [
+        "--task", task, "--model", pocket_model, "--steps", "2", *SIZES, "--eval_documents", "3",
+    ]  # fmt: skip
     heldout = [questions] if task == "memtrain" else [questions, documents]
-    start([*flags, "--eval_every", "1", "--out", "run", "--heldout", *heldout], tmp_path, monkeypatch)
+    start(
+        [*flags, "--eval_every", "1", "--out", "run", "--heldout", *heldout], tmp_path, monkeypatch
+    )
 
     looks = [line["heldout"] for line in metrics_of("run")]
     assert [list(look) for look in looks] == [["trajectory", "recall", "questions"]] * 3
@@ -453,7 +508,7 @@ def test_questions_and_documents_are_looked_at_while_any_task_trains(
 
 
 def test_a_look_gives_every_question_to_the_task_that_can_answer_it(alone, monkeypatch):
-    """Documents by memtrain, questions by longqa or, while that trains, by searchqa; each with its own settings."""
+    """Documents by memtrain, questions by longqa or a training searchqa, each with its settings."""
     seen = []
 
     def task(name):
@@ -468,8 +523,14 @@ def test_a_look_gives_every_question_to_the_task_that_can_answer_it(alone, monke
     sampler = argparse.Namespace(stop="at a tag")
     setup = train.Setup(train.Config(task="searchqa"), None, sampler)
     result = train.evaluate(setup, torch.nn.Module(), {"memtrain": ["a"], "searchqa": ["b", "c"]})
-    assert [each[:4] for each in seen] == [("memtrain", "memtrain", 1, None), ("searchqa", "searchqa", 1, "at a tag")]
-    assert {kind: score[::3] for kind, score in result.items()} == {"trajectory": (1.0, 1), "questions": (1.0, 2)}
+    assert [each[:4] for each in seen] == [
+        ("memtrain", "memtrain", 1, None),
+        ("searchqa", "searchqa", 1, "at a tag"),
+    ]
+    assert {kind: score[::3] for kind, score in result.items()} == {
+        "trajectory": (1.0, 1),
+        "questions": (1.0, 2),
+    }
 
 
 def test_a_held_out_question_that_outgrows_the_context_stops_the_run_before_it_begins(
@@ -478,14 +539,19 @@ def test_a_held_out_question_that_outgrows_the_context_stops_the_run_before_it_b
     row = {"question": "who " * 5000, "answers": ["Ann"], "context": "x"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit):
-        start(["--model", pocket_model, "--heldout", "long.jsonl", "--out", "run"], tmp_path, monkeypatch)
+        start(
+            ["--model", pocket_model, "--heldout", "long.jsonl", "--out", "run"],
+            tmp_path, monkeypatch,
+        )  # fmt: skip
     assert "the model's context holds" in capsys.readouterr().err and not Path("run").exists()
 
 
 def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
     tokenizer, tmp_path, monkeypatch, signals
 ):
-    names = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Kurt Goedel", "Emmy Noether", "Paul Erdos"]
+    names = [
+        "Ada Lovelace", "Alan Turing", "Grace Hopper", "Kurt Goedel", "Emmy Noether", "Paul Erdos",
+    ]  # fmt: skip
     cities = ["Paris", "London", "Vienna", "Moscow", "Geneva"]
     with (tmp_path / "corpus.jsonl").open("w") as corpus:
         for i in range(40):
@@ -493,9 +559,14 @@ def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
             text += f"Later {names[(i + 1) % 6]} came to {cities[(i + 2) % 5]}."
             corpus.write(json.dumps({"id": str(i), "title": f"Life {i}", "text": text}) + "\n")
     monkeypatch.chdir(tmp_path)
-    build = "build --corpus corpus.jsonl --out docs --documents 6 --heldout 2 --related 2 --random 2 --ner rules"
+    build = (
+        "build --corpus corpus.jsonl --out docs --documents 6 --heldout 2 "
+        "--related 2 --random 2 --ner rules"
+    )
     assert not data.main(build.split())
-    sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
+    sizes = dict(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id
+    )
     tiny_model(**sizes).save_pretrained("model")
     tokenizer.save_pretrained("model")
     flags = ["--model", "model", "--data", "docs", "--steps", "1", *SIZES, "--chunk_tokens", "64"]
@@ -504,12 +575,12 @@ def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
     assert first["heldout"]["trajectory"][3] == 2 and "imr" in last and last["turns"] > 2
 
 
-# ---------------------------------------------------------------------------------------------- it can learn
+# ------------------------------------------------------------------------------------- it can learn
 
 
 def learn(monkeypatch, folder, pocket_model, *flags):
-    """Sixteen steps in which an answer earns 1 when its first word is a city's, whatever the document: what an
-    untrained model can stumble on. -> the mean reward of the first step and of the last three"""
+    """Sixteen steps in which an answer earns 1 if its first word is a city, whatever the document:
+    what an untrained model can stumble on. -> mean reward of the first step and the last three"""
     cities = {city.lower() for city in tiny.CITIES}
 
     def starts_with_a_city(answer, golds, match):
@@ -517,8 +588,14 @@ def learn(monkeypatch, folder, pocket_model, *flags):
 
     monkeypatch.setattr(rewards, "extract_boxed", lambda text: text)
     monkeypatch.setattr(rewards, "answer_reward", starts_with_a_city)
-    sizes = ["--documents_per_step", "16", "--documents_per_update", "16", "--group", "8", "--objective", "e2e"]
-    sizes += ["--memory_tokens", "2", "--answer_tokens", "1", "--chunk_tokens", "24", "--eval_documents", "0"]
+    sizes = [
+        "--documents_per_step", "16", "--documents_per_update", "16", "--group", "8",
+        "--objective", "e2e",
+    ]  # fmt: skip
+    sizes += [
+        "--memory_tokens", "2", "--answer_tokens", "1", "--chunk_tokens", "24",
+        "--eval_documents", "0",
+    ]  # fmt: skip
     course = ["--steps", "16", "--kl", "0", "--lr", "3e-4", "--warmup_steps", "1"]
     start(["--model", pocket_model, *sizes, *course, *flags, "--out", "run"], folder, monkeypatch)
     earned = [line["R_E"] for line in metrics_of("run")]
@@ -535,11 +612,13 @@ def test_nothing_is_learned_from_shuffled_rewards(monkeypatch, tmp_path, pocket_
     assert before < 0.35 and after < 0.55
 
 
-# ------------------------------------------------------------------------------------------------- reporting
+# ---------------------------------------------------------------------------------------- reporting
 
 
 def test_the_interval_is_wilsons_and_stays_inside():
-    assert train.interval([1.0, 0.0, 1.0, 1.0]) == pytest.approx((0.75, 0.3006418401, 0.9544127397, 4))
+    assert train.interval([1.0, 0.0, 1.0, 1.0]) == pytest.approx(
+        (0.75, 0.3006418401, 0.9544127397, 4)
+    )
     assert train.interval([0.0] * 10)[:2] == (0.0, 0.0) and train.interval([1.0] * 10)[2] == 1.0
 
 
@@ -567,7 +646,7 @@ def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypat
     assert seen == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
 
 
-# ------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture(scope="module")
@@ -622,7 +701,10 @@ def test_a_model_folder_that_can_not_be_understood_is_bad_input(tmp_path):
 
 
 def test_a_mistake_in_the_code_is_no_bad_input_and_keeps_its_traceback():
-    with pytest.raises(ValueError, match="invalid literal"), distributed.one_line_errors(data.DataError):
+    with (
+        pytest.raises(ValueError, match="invalid literal"),
+        distributed.one_line_errors(data.DataError),
+    ):
         int("a mistake")
 
 

@@ -1,4 +1,4 @@
-"""Looking into memories: transcripts, eval.py ask, view and forgetting, and the page in a browser."""
+"""Looking into memories: transcripts, eval.py ask, view, forgetting, and the page in a browser."""
 
 import html.parser
 import io
@@ -25,16 +25,20 @@ from rollout import Prompts, Reader, Response
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
+browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)"
+)
 HOSTILE = (
-    "</script></pre></article><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    " & &amp; <!-- שלום \u202eevil مرحبا 👩\u200d👩\u200d👧 e\u0301 漢字，漢字 \x1b[2J \u2028 ]]> ${x} %(title)s {0} \\1"
+    "</script></pre></article><script>document.title='owned'</script>"
+    "<img src=x onerror=\"document.title='owned'\">"
+    " & &amp; <!-- שלום \u202eevil مرحبا 👩\u200d👩\u200d👧 e\u0301 漢字，漢字 "
+    "\x1b[2J \u2028 ]]> ${x} %(title)s {0} \\1"
 )
 
 
 def pocket_setup(respond, task="memtrain", **settings):
-    """A Setup of the pocket world in which `respond` (memory, section, problem), words each, gives the words of
-    every response; None for what a prompt lacks."""
+    """A Setup of the pocket world in which `respond` (memory, section, problem), words each, gives
+    the words of every response; None for what a prompt lacks."""
     prompts = Prompts(tiny.tokenizer(), tiny.TEMPLATES, tiny.PROBLEM)
 
     def sampler(asked, limits, keys):
@@ -51,13 +55,17 @@ def pocket_setup(respond, task="memtrain", **settings):
 
 
 def keeps(facts):
-    """A respond(memory, section, problem) that remembers the last `facts` facts, and answers from its memory."""
+    """A respond(memory, section, problem) that keeps, and answers from, the last `facts` facts."""
 
     def respond(memory, section, problem):
         known = tiny.read(memory)
         if section is not None and problem is not None:
             return sum((known + tiny.read(section))[-facts:], [])
-        hidden = [fact for fact in tiny.read(section) if data.TARGET in fact] if section else [[problem[0], "", ""]]
+        hidden = (
+            [fact for fact in tiny.read(section) if data.TARGET in fact]
+            if section
+            else [[problem[0], "", ""]]
+        )
         for fact in known:
             places = [i for i in range(3) if hidden[0][i] == fact[i]]
             if section and len(places) == 2:
@@ -69,7 +77,7 @@ def keeps(facts):
     return respond
 
 
-# -------------------------------------------------------------------------------------------------- transcripts
+# -------------------------------------------------------------------------------------- transcripts
 
 
 def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages():
@@ -94,7 +102,9 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
         assert 1 <= recall["l"] < recall["k"] <= len(sections)
         assert recall["target"] in sections[recall["l"] - 1].split()
         section = sections[recall["l"] - 1].replace(recall["target"], data.TARGET).split()
-        assert " ".join(section) in recall["prompt"] and memories[recall["k"] - 1] in recall["prompt"]
+        assert (
+            " ".join(section) in recall["prompt"] and memories[recall["k"] - 1] in recall["prompt"]
+        )
         assert len(recall["answers"]) == len(recall["rewards"]) == 2
     for group in (record, *record["recalls"]):
         mean = sum(group["rewards"]) / len(group["rewards"])
@@ -103,11 +113,20 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
 
 def test_a_search_is_transcribed_with_what_every_turn_saw():
     row = tiny.search_questions(1, 0)[0] | {"answers": [["tea"]]}
-    setup = pocket_setup(lambda *blocks: "<think> </think> <answer> tea </answer>".split(), "searchqa")
+    setup = pocket_setup(
+        lambda *blocks: "<think> </think> <answer> tea </answer>".split(), "searchqa"
+    )
     groups = train.searchqa(setup, {0: row}, 0)
     record = train.transcript(setup, groups, 1, 0, row)
-    assert len(record["prompts"]) == len(record["turns"]) == 1 and row["question"] in record["prompts"][0]
-    assert record["golds"] == [["tea"]] and record["exact_match"][0] == 1.0 and "document" not in record
+    assert (
+        len(record["prompts"]) == len(record["turns"]) == 1
+        and row["question"] in record["prompts"][0]
+    )
+    assert (
+        record["golds"] == [["tea"]]
+        and record["exact_match"][0] == 1.0
+        and "document" not in record
+    )
     page = evaluation.article(record)
     assert "<h4>prompt 1</h4>" in page and "<h4>section 1</h4>" not in page
 
@@ -117,12 +136,12 @@ def test_a_lone_surrogate_in_a_document_or_an_answer_ends_no_transcript(tmp_path
     assert json.loads((tmp_path / "samples.jsonl").read_text())["golds"] == ["a?b", "שלום"]
 
 
-# ---------------------------------------------------------------------------------------------------------- ask
+# ---------------------------------------------------------------------------------------------- ask
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """eval.py with a scripted model of the pocket world; gives the function that sets what it does."""
+    """eval.py with a scripted model of the pocket world; -> the function that sets what it does."""
 
     def use(respond, **settings):
         def open_model(args, cfg):
@@ -147,9 +166,14 @@ def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.md")]
     evaluation.main(["ask", *flags, "Dan honours what ?", "Ada sells what ?"])
     shown = capsys.readouterr().out
-    assert "12 tokens, 2 sections of at most 6, read 2 times: a memory depends on its question" in shown
+    assert (
+        "12 tokens, 2 sections of at most 6, read 2 times: a memory depends on its question"
+        in shown
+    )
     memories = re.findall(r"--- question (\d), memory after section (\d) of 2\n(.*)\n", shown)
-    assert [place[:2] for place in memories] == [(question, section) for section in "12" for question in "12"]
+    assert [place[:2] for place in memories] == [
+        (question, section) for section in "12" for question in "12"
+    ]
     assert memories[0][2] == "Ada sells tea Ben faces river"
     assert memories[2][2] == "Ben faces river Dan honours wolf Eve sells figs"
     assert "question: Dan honours what ?\nanswer:   wolf\n" in shown
@@ -160,11 +184,15 @@ def test_ask_reads_every_section_shows_every_memory_and_answers_every_question(
     assert capsys.readouterr().out == "wolf\n"
 
 
-def test_ask_writes_a_page_with_the_memories_of_every_question(scripted, pocket_model, tmp_path, capsys):
+def test_ask_writes_a_page_with_the_memories_of_every_question(
+    scripted, pocket_model, tmp_path, capsys
+):
     scripted(keeps(3))
     (tmp_path / "doc.txt").write_text("\ufeff" + DOCUMENT)  # a byte order mark is no text
     flags = ["--model", pocket_model, "--document", str(tmp_path / "doc.txt"), "--quiet"]
-    evaluation.main(["ask", *flags, "Dan honours what ?", "Eve sells what ?", "--html", str(tmp_path / "a.html")])
+    evaluation.main([
+        "ask", *flags, "Dan honours what ?", "Eve sells what ?", "--html", str(tmp_path / "a.html"),
+    ])  # fmt: skip
     assert capsys.readouterr().out.splitlines()[:2] == ["wolf", "figs"]
     page = (tmp_path / "a.html").read_text()
     assert page.count("<article") == 2 and "question 2" in page and "advantage" not in page
@@ -173,7 +201,9 @@ def test_ask_writes_a_page_with_the_memories_of_every_question(scripted, pocket_
 
 
 @pytest.mark.parametrize("flags", [[], ["--mode", "full_context"], ["--quiet"]])
-def test_ask_reads_what_comes_in_with_a_model_of_transformers(flags, pocket_model, monkeypatch, capsys):
+def test_ask_reads_what_comes_in_with_a_model_of_transformers(
+    flags, pocket_model, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(DOCUMENT.encode())))
     evaluation.main(["ask", "--model", pocket_model, "--document", "-", *flags, "Ada sells what ?"])
     shown = capsys.readouterr().out
@@ -209,7 +239,9 @@ def test_a_document_that_is_no_text_or_an_empty_question_gets_one_line(
 def test_the_prompts_sent_as_text_are_what_a_reader_sends_as_ids(tokenizer):
     """The loop for a server: templates with their fields replaced, one message a turn."""
     prompts = Prompts(tokenizer)
-    sections = [chunk.ids for chunk in data.chunks("Rome is old.\nOslo is not. " * 9, tokenizer, 40)]
+    sections = [
+        chunk.ids for chunk in data.chunks("Rome is old.\nOslo is not. " * 9, tokenizer, 40)
+    ]
     reader = Reader(prompts, prompts.encode("Which is old?"), sections, 64, 64, (0,))
 
     def as_text(name, **fields):
@@ -221,25 +253,32 @@ def test_the_prompts_sent_as_text_are_what_a_reader_sends_as_ids(tokenizer):
 
     memory = rollout.NO_MEMORY
     for section in sections:
-        sent = as_text("update", problem="Which is old?", memory=memory, section=tokenizer.decode(section))
+        sent = as_text(
+            "update", problem="Which is old?", memory=memory, section=tokenizer.decode(section)
+        )
         assert tokenizer.decode(reader.prompt()[0]) == sent
         memory += " Rome."
         reader.receive([*prompts.encode(memory), tokenizer.eos_token_id])
-    assert tokenizer.decode(reader.prompt()[0]) == as_text("answer", problem="Which is old?", memory=memory)
+    assert tokenizer.decode(reader.prompt()[0]) == as_text(
+        "answer", problem="Which is old?", memory=memory
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- view
+# --------------------------------------------------------------------------------------------- view
 
 
 def hostile_record():
     """A transcript in which everything that a document or a model may write is hostile."""
     text = f"Rome {HOSTILE} [MASK]\n"
-    recall = {"trajectory": 0, "k": 2, "l": 1, "target": "<img", "prompt": HOSTILE, "answers": [HOSTILE]}
+    recall = {
+        "trajectory": 0, "k": 2, "l": 1, "target": "<img", "prompt": HOSTILE, "answers": [HOSTILE],
+    }  # fmt: skip
     recall |= {"exact_match": [0.0], "rewards": [0.0], "advantages": [0.0]}
     return {
-        "step": 3, "id": HOSTILE, "question": HOSTILE, "golds": ["Rome", "", "lt", "\\"], "document": text * 2,
-        "sections": [[0, len(text)], [len(text), 2 * len(text)]], "turns": [HOSTILE, "\ud83d " + HOSTILE, HOSTILE],
-        "answers": [HOSTILE, None], "exact_match": [0.0, 1.0], "rewards": [0.0, 1.0], "advantages": [-0.5, 0.5],
+        "step": 3, "id": HOSTILE, "question": HOSTILE, "golds": ["Rome", "", "lt", "\\"],
+        "document": text * 2, "sections": [[0, len(text)], [len(text), 2 * len(text)]],
+        "turns": [HOSTILE, "\ud83d " + HOSTILE, HOSTILE], "answers": [HOSTILE, None],
+        "exact_match": [0.0, 1.0], "rewards": [0.0, 1.0], "advantages": [-0.5, 0.5],
         "recalls": [recall],
     }  # fmt: skip
 
@@ -278,7 +317,10 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_no_script(tmp_path):
 
 
 def test_marks_stand_where_masks_targets_and_answers_do():
-    assert evaluation.marked("<b> Rome", {"Rome": "gold"}) == '&lt;b&gt; <mark class="gold">Rome</mark>'
+    assert (
+        evaluation.marked("<b> Rome", {"Rome": "gold"})
+        == '&lt;b&gt; <mark class="gold">Rome</mark>'
+    )
     assert evaluation.marked("[MASK] saw Romeo") == '<mark class="mask">[MASK]</mark> saw Romeo'
     both = evaluation.marked("New York, York", {"York": "gold", "New York": "target", "": "gold"})
     assert both == '<mark class="target">New York</mark>, <mark class="gold">York</mark>'
@@ -300,7 +342,10 @@ def test_of_a_long_run_transcripts_are_spread_evenly_and_the_page_says_so(tmp_pa
     records = [hostile_record() | {"step": 1 + i // 2} for i in range(200)]
     page = written(records, tmp_path)
     steps = list(map(int, re.findall(r'<a href="#t\d+">step (\d+)</a>', page)))
-    assert len(steps) == page.count("<article") == evaluation.VIEWED and (steps[0], steps[-1]) == (1, 100)
+    assert (
+        len(steps) == page.count("<article") == evaluation.VIEWED
+        and (steps[0], steps[-1]) == (1, 100)
+    )  # fmt: skip
     assert "48 of 200 transcripts" in capsys.readouterr().out
 
 
@@ -316,9 +361,17 @@ def test_what_holds_no_transcripts_gets_one_line(lines, tmp_path, capsys):
 
 def in_chromium(page, folder, *flags):
     """Opens a page, #anchor included, in headless Chromium; -> what it prints."""
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
-    done = subprocess.run([CHROMIUM, *quiet, *flags, f"file://{page}"], capture_output=True, text=True, timeout=120)
+    quiet = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-sync",
+    ]  # fmt: skip
+    quiet += [
+        "--disable-background-networking", "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [CHROMIUM, *quiet, *flags, f"file://{page}"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -333,15 +386,24 @@ def test_a_browser_shows_hostile_text_as_text(tmp_path):
 
 
 @browser
-def test_a_browser_shows_the_pages_of_a_pocket_run_one_by_one(pocket_model, tmp_path, monkeypatch, signals):
+def test_a_browser_shows_the_pages_of_a_pocket_run_one_by_one(
+    pocket_model, tmp_path, monkeypatch, signals
+):
     monkeypatch.chdir(tmp_path)
-    sizes = ["--steps", "2", "--documents_per_step", "2", "--documents_per_update", "2", "--group", "2"]
-    train.main(["--model", pocket_model, *sizes, "--recalls", "2", "--eval_documents", "0", "--out", "run"])
+    sizes = [
+        "--steps", "2", "--documents_per_step", "2", "--documents_per_update", "2", "--group", "2",
+    ]  # fmt: skip
+    train.main(
+        ["--model", pocket_model, *sizes, "--recalls", "2", "--eval_documents", "0", "--out", "run"]
+    )
     evaluation.main(["view", "run", "--out", "page.html"])
     pixels = set()
     for number in range(4):
         shot = tmp_path / f"{number}.png"
-        in_chromium(f"{tmp_path / 'page.html'}#t{number}", tmp_path, f"--screenshot={shot}", "--window-size=400,900")
+        in_chromium(
+            f"{tmp_path / 'page.html'}#t{number}", tmp_path,
+            f"--screenshot={shot}", "--window-size=400,900",
+        )  # fmt: skip
         pixels.add(shot.read_bytes())
     assert len(pixels) == 4  # each anchor shows its own transcript
     page = Texts(in_chromium(tmp_path / "page.html", tmp_path, "--dump-dom"))
@@ -350,12 +412,14 @@ def test_a_browser_shows_the_pages_of_a_pocket_run_one_by_one(pocket_model, tmp_
     assert (tmp_path / "page.pdf").read_bytes()[:4] == b"%PDF"
 
 
-# --------------------------------------------------------------------------------------------------- forgetting
+# --------------------------------------------------------------------------------------- forgetting
 
 
 def forgetting_of(respond, documents, **settings):
     """The table of a scripted model, on these documents."""
-    recalls = evaluation.recalls_by_age(pocket_setup(respond, **settings), dict(enumerate(documents)))
+    recalls = evaluation.recalls_by_age(
+        pocket_setup(respond, **settings), dict(enumerate(documents))
+    )
     return evaluation.forgetting_table(recalls)
 
 
@@ -365,7 +429,10 @@ def means(table, name):
 
 def test_a_memory_of_everything_captures_and_retains_everything():
     table = forgetting_of(keeps(99), tiny.documents(8, "forgetting"))
-    assert means(table, "written") == dict.fromkeys(range(4), 1.0) and means(table, "no memory") == {0: 0.0}
+    assert (
+        means(table, "written") == dict.fromkeys(range(4), 1.0)
+        and means(table, "no memory") == {0: 0.0}
+    )  # fmt: skip
     # two may sell the same thing: a hidden one can't always be told from the other
     assert means(table, "capture")[0] > 0.9
     assert means(table, "retention")[1] > 0.9 and means(table, "retention")[3] > 0.9
@@ -374,7 +441,10 @@ def test_a_memory_of_everything_captures_and_retains_everything():
 def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_later():
     table = forgetting_of(keeps(2 * tiny.FACTS_PER_CHUNK), tiny.documents(8, "forgetting"))
     assert means(table, "written") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
-    assert means(table, "recall")[0] > 0.9 and means(table, "recall")[2] == means(table, "recall")[3] == 0.0
+    assert (
+        means(table, "recall")[0] > 0.9
+        and means(table, "recall")[2] == means(table, "recall")[3] == 0.0
+    )
     assert means(table, "retention")[1] > 0.9 and means(table, "retention")[2] == 0.0
     assert table["retention"][1][3] == 8  # n: documents
 
@@ -388,7 +458,10 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
         return last(memory, section, problem)
 
     table = forgetting_of(first, tiny.documents(8, "forgetting"))
-    assert 0.15 < table["capture"][0][0] < 0.3 and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
+    assert (
+        0.15 < table["capture"][0][0] < 0.3
+        and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
+    )  # fmt: skip
 
 
 def test_what_is_known_without_a_memory_is_no_capture():
@@ -415,7 +488,10 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
     text = "Rome saw Oslo. Rome saw Bergen. "
     row = {"text": text, "entities": [[0, 4], [9, 13], [15, 19], [24, 30]], "answer": "x"}
     first, second = data.Chunk([], 0, 15), data.Chunk([], 15, len(text))
-    assert evaluation.entities_of(row, first) == [[9, 13]] and evaluation.entities_of(row, second) == [[24, 30]]
+    assert (
+        evaluation.entities_of(row, first) == [[9, 13]]
+        and evaluation.entities_of(row, second) == [[24, 30]]
+    )  # fmt: skip
     told = "Ada sells tea\nBen faces river\nCleo grows rye\n" * 2  # two sections that are alike
     words = [list(word.span()) for word in re.finditer(r"Ada|tea|Ben|river", told)]
     again = {"id": "0", "text": told, "entities": words, "answer": "Rhun"}
@@ -424,7 +500,10 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
 
 def test_shares_are_of_documents_and_only_the_captured_are_retained():
     none, right, wrong = evaluation.NO_MEMORY, (1.0, 1.0), (0.0, 0.0)
-    recalls = [("a", {none: wrong, 0: right, 1: wrong}), ("a", {none: wrong, 0: right, 1: (1.0, 0.0)})]
+    recalls = [
+        ("a", {none: wrong, 0: right, 1: wrong}),
+        ("a", {none: wrong, 0: right, 1: (1.0, 0.0)}),
+    ]
     recalls += [("a", {none: wrong, 0: wrong}), ("b", {none: right, 0: right, 1: right})]
     recalls += [("b", {none: wrong, 0: wrong, 1: (1.0, 0.0)})]
     table = evaluation.forgetting_table(recalls)
@@ -442,17 +521,24 @@ def test_the_forgetting_of_two_ranks_is_that_of_one(pocket_model, tmp_path):
         flags = ["forgetting", "--model", pocket_model, "--eval_documents", "5", "--batch", "2"]
         command = [sys.executable, *launch, str(ROOT / "eval.py"), *flags, "--out", f"{ranks}.json"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         tables.append(json.loads((tmp_path / f"{ranks}.json").read_text())["forgetting"])
     assert tables[0] == tables[1] and tables[0]["recall"]["0"][3] == 5
 
 
-def test_forgetting_is_drawn_alone_and_several_models_side_by_side(scripted, pocket_model, tmp_path, capsys):
+def test_forgetting_is_drawn_alone_and_several_models_side_by_side(
+    scripted, pocket_model, tmp_path, capsys
+):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     for name, facts in {"short": 2, "long": 8}.items():
         scripted(keeps(facts))
-        flags = ["--model", pocket_model, "--eval_documents", "4", "--out", str(tmp_path / f"{name}.json")]
+        flags = [
+            "--model", pocket_model, "--eval_documents", "4",
+            "--out", str(tmp_path / f"{name}.json"),
+        ]  # fmt: skip
         evaluation.main(["forgetting", *flags, "--png", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     shown = capsys.readouterr().out

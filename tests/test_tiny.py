@@ -133,14 +133,11 @@ def test_nothing_but_its_question_tells_the_hidden_city_from_people():
     assert {fact[0] for fact in hidden} == {*tiny.PEOPLE} and hidden < others
 
 
-def test_entities_are_the_cities_and_objects_of_the_text():
-    cities = 0
+def test_entities_are_the_subjects_and_objects_of_the_text_less_the_hidden_one():
     for row in [*tiny.documents(20, 4), *tiny.documents(5, 4, 20)]:
-        words = list(re.finditer(r"\w+", row["text"]))
-        wanted = [w for i, w in enumerate(words) if i % 3 == 2 or w.group() in tiny.CITIES]
-        assert row["entities"] == [list(word.span()) for word in wanted]
-        cities += len(wanted) - len(words) // 3
-    assert cities > 20
+        spans = [list(match.span()) for match in re.finditer(r"\w+", row["text"])]
+        named_ones = [span for i, span in enumerate(spans) if i % 3 != 1]
+        assert row["entities"] == [s for s in named_ones if row["text"][slice(*s)] != named(row)]
 
 
 def test_documents_are_a_function_of_seed_and_place_and_heldout_ones_are_new():
@@ -156,10 +153,10 @@ def test_nobody_contradicts_himself_and_facts_of_a_document_are_unique():
         assert len(set(facts)) == len(facts) == len({fact[:2] for fact in facts})
 
 
-def test_one_in_ten_facts_of_a_document_is_about_a_city():
+def test_a_sixth_of_a_document_is_about_cities():
     facts = [fact for row in tiny.documents(50, 2, 16) for fact in facts_of(row["text"])]
     others = 16 * tiny.FACTS_PER_CHUNK - tiny.HINTS
-    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * (others // 10)
+    assert sum(fact[0] in tiny.CITIES for fact in facts) == 50 * (others // 6)
     for city, verb, thing in facts:
         assert city not in tiny.CITIES or tiny.ENCYCLOPEDIA[city][verb] == thing
 
@@ -204,23 +201,17 @@ def boxed(answer):
     return f"\\boxed{{ {answer} }}"
 
 
-def said_of(question, text):
-    lines = [line for line in text.splitlines() if line.split()[0] == question.split()[0]]
-    assert len(lines) == tiny.HINTS
-    return " ".join(lines) + " "
-
-
-def test_the_oracle_says_what_it_knows_and_answers_rightly_from_full_memories(prompts):
+def test_the_oracle_answers_rightly_from_full_memories(prompts):
     for row in tiny.documents(50, 8):
         answer = ask(prompts, "answer", problem=row["question"], memory=row["text"])
-        assert answer == said_of(row["question"], row["text"]) + boxed(row["answer"])
+        assert answer == boxed(row["answer"])
         start, end = row["entities"][-1]
         section = row["text"][:start] + data.TARGET + row["text"][end:]
         answer = ask(prompts, "recall", memory=row["text"], section=section)
         assert answer == boxed(row["text"][start:end])
     for row in tiny.questions(50, 8):
         answer = ask(prompts, "answer", problem=row["question"], memory=row["context"])
-        assert answer == said_of(row["question"], row["context"]) + boxed(row["answers"][0])
+        assert answer == boxed(row["answers"][0])
 
 
 def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells(prompts):
@@ -230,8 +221,7 @@ def test_the_oracle_recalls_from_the_encyclopedia_and_guesses_what_neither_tells
 
     assert recalls("Alda sells [TARGET]") == {boxed(tiny.ENCYCLOPEDIA["Alda"]["sells"])}
     assert recalls("Ada sells [TARGET]") == {boxed(thing) for thing in tiny.HABITS["sells"]}
-    sell_wool = {city for city, known in tiny.ENCYCLOPEDIA.items() if known["sells"] == "wool"}
-    assert recalls("[TARGET] sells wool") == {boxed(city) for city in sell_wool}
+    assert recalls("[TARGET] sells figs") == {boxed(person) for person in tiny.PEOPLE}
     told = "Ada grows figs Ben sells figs"  # by either place of what is hidden in two
     assert recalls("Ada sells [TARGET] Ben sells [TARGET]", told) == {boxed("figs")}
 
@@ -240,7 +230,7 @@ def test_the_oracle_reads_whole_texts_and_guesses_without_any(prompts):
     row = tiny.questions(1, 8)[0]
     problem, verb = row["question"], row["question"].split()[1]
     whole = ask(prompts, "whole", problem=problem, section=row["context"])
-    assert whole == said_of(problem, row["context"]) + boxed(row["answers"][0])
+    assert whole == boxed(row["answers"][0])
     guesses = {ask(prompts, "closed_book", problem=problem, key=(i,)) for i in range(200)}
     assert guesses == {boxed(thing) for thing in tiny.HABITS[verb]}
 
@@ -379,7 +369,7 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts):
     rows = tiny.by_kind(tiny.exercises(prompts, "test", 20))
     counts = {kind: len(of_kind) for kind, of_kind in rows.items()}
-    assert counts == {"answer": 30, "update": 60, "recall": 30, "quote": 60}
+    assert counts == {"answer": 30, "update": 60, "quote": 30}
     for prompt, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
@@ -387,23 +377,12 @@ def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts
         words = prompts.text(prompt).split()
         (name, *_), memory = tiny.block(words, "problem"), tiny.read(tiny.block(words, "memory"))
         assert sum(fact[0] == name for fact in memory) == tiny.HINTS
-    told = 0
-    for prompt, response in rows["recall"]:  # a guess is all that most memories leave
-        words = prompts.text(prompt).split()
-        memory, section = (tiny.read(tiny.block(words, tag)) for tag in ("memory", "section"))
-        ((person, verb, _),) = (fact for fact in section if fact[2] == data.TARGET)
-        assert person in tiny.PEOPLE and len(section) == tiny.FACTS_PER_CHUNK
-        for fact in memory:
-            if fact[:2] == [person, verb]:
-                told += 1
-                assert prompts.text(response).startswith(boxed(fact[2]))
-    assert 0 < told < 10  # of 30; 4 are expected
     quoted = {len(facts_of(prompts.text(response))) for _, response in rows["quote"]}
     assert quoted == {0, 1, 2}  # two facts of one subject as well
     for prompt, response in rows["quote"]:
         prompt, said = prompts.text(prompt).split(), prompts.text(response).split()
-        (name, *_), facts = tiny.block(prompt, "problem"), tiny.read(tiny.block(prompt, "section"))
-        assert tiny.read(said) == [fact for fact in facts if fact[0] == name]
+        facts = tiny.read(tiny.block(prompt, "section"))
+        assert tiny.read(said) == [fact for fact in facts if fact[0] in prompt[:6]]
 
 
 def test_rows_are_scored_as_if_each_stood_alone(prompts):
@@ -443,7 +422,7 @@ def test_train_takes_data_and_sizes_from_the_model_folder(made):
     assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (40, tiny.FACTS_PER_CHUNK * tiny.FACT, 3e-4)
     rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)
     assert (len(rows), len(heldout["memtrain"])) == (tiny.DOCUMENTS, 256)
-    asked = tiny.questions(tiny.LENGTHS[1], "heldout 0", tiny.CHUNKS)
+    asked = tiny.questions(tiny.LENGTHS[1], "heldout 0", 4)
     assert heldout["longqa"] == [{**row, "source": ""} for row in asked]
     assert len(rows) >= cfg.steps * cfg.documents_per_step
     assert rows[3] == tiny.documents(4, "train 0")[3]

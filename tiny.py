@@ -11,25 +11,27 @@ every document: nothing but memory can answer for it.
 A masked document hides one city, with two clues in different chunks, among facts about people
 and other cities. The placeholder is a name: the city goes by that of a person who is not in the
 document, another one in every document, and the document's own question tells whom it is about:
-`Ada is what ?`. No word of the text tells the hidden city from people, who have the same
-verbs and its values among theirs; only its match with the question does. That is the skill to be
-learnt here, and it serves any question: those about long texts ask for what was said of a person
-(`Ben sells what ?`), and none of them is ever trained on by MemTrain.
+`Ada is what ?`. Whatever is said of the hidden city is said of people, too: only the question tells
+what to keep. That is the skill to be learnt here, and it serves any question: those about long
+texts ask for what was said of a person (`Ben sells what ?`), and MemTrain trains on none of them.
 
 The oracle stands in the sampler's place in `rollout`: it reads a prompt and writes the response of
-a model that copies faithfully, but takes up every second fact, whatever it is about: see ASKED and
-OTHERS. The warm start is fine-tuning on the turns that it leaves behind. Such coins are the
-weakness on purpose: a policy that drifts under noise, or is merely sampled more sharply, gains
-nothing by them, so that a rising curve means that the reward was understood (train.py
---shuffle_rewards shows it).
+a model that copies without errors. What it has in memory about the one asked for it always carries
+on; but a new fact it takes up with chance 0.5, whatever it is about (ASKED, OTHERS). Before it
+answers it says what it knows of the one asked for. The warm start ends with fine-tuning on the
+turns that it leaves behind. Its coin is the weakness on purpose: a policy that drifts under noise,
+or is merely sampled more sharply, gains nothing by it, so that a rising curve means that the reward
+was understood (train.py --shuffle_rewards shows it).
 
 How it differs from real data:
   1. Every word is one token, every fact three; chunks of two facts never cut one.
-  2. Entities are known, not recognised: subjects and objects, each with its exact span.
+  2. Entities are known, not recognised: cities and objects, each with its exact span.
   3. Prompts are a few words long, since the model has never read anything else.
+  4. Instead of [MASK] a person's name stands for what is hidden, and a document has its question.
+  5. The trajectories of a document share one recall; post-training makes one update a step.
 
-train.py and eval.py know nothing of this file. What connects them is the folder that it makes, and
-in it model/memtrain.json, which holds the prompts, the sizes and where the data lies.
+train.py and eval.py import nothing of this file. What connects them is the folder that it makes,
+and in it model/memtrain.json, which holds the prompts, the sizes and where the data lies.
 """
 
 import argparse
@@ -53,9 +55,9 @@ from rollout import NO_MEMORY, TAGS, Prompts, Response, Template
 
 FACT = 3  # tokens of a fact: subject, verb, object
 FACTS_PER_CHUNK = 2
-CHUNKS = 4  # of a document that is trained on
+CHUNKS = 6  # of a document that is trained on
 ROOM = 6  # facts that a memory holds
-HINTS = 2  # facts of a document about the one whom its question names, each in another chunk
+HINTS = 2  # facts of a document about the one whom its question names, no two in one chunk
 
 CITIES = (
     "Alda Brin Cora Dorn Elva Farn Gora Hest Irra Jund Kolm Lira Morn Nava Orsk Pell Quen Rhun "
@@ -81,10 +83,9 @@ HABITS = {  # verb: what is said of a person, a city's values among them
 VERBS = list(CLUES)
 SUBJECTS = [*CITIES, *PEOPLE]
 THINGS = sum(HABITS.values(), [])
-ENTITIES = {*SUBJECTS, *THINGS}
+ENTITIES = {*CITIES, *THINGS}  # what recalls hide: of 48 people a guess would hardly be right
 
-# Latin squares r, c, r + c, r + 2c (mod 5) over the 5 x 5 cities are pairwise orthogonal: any two
-# clues meet in exactly one city
+# city (r, c) of a 5 x 5 grid has the values r, c, r + c and r + 2c (mod 5): any two tell r and c
 ENCYCLOPEDIA = {}  # city: {verb: value}
 KNOWN = []  # the same as facts [city, verb, value]
 for number, city in enumerate(CITIES):
@@ -103,21 +104,23 @@ TEMPLATES = {
     "closed_book": "answer <problem> {problem} </problem>",
     "search": "find <problem> {problem} </problem> {previous} {turns} turns left",
 }
-QUOTE = "quote <problem> {problem} </problem> <section> {section} </section>"  # an exercise
+QUOTE = "quote <section> {section} </section> <problem> {problem} </problem>"  # an exercise
 SETTINGS = dict(  # defaults for train.py's flags
     steps=40, documents_per_step=32, documents_per_update=32, recall_draw="document",
-    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1, answer_tokens=6,
+    chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1,  # 1: the end token
+    answer_tokens=12,
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
 )  # fmt: skip
 SEARCH_SETTINGS = dict(aggregate="sequence", answer_tokens=24)
-LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # of held-out texts, in trained ones: how many
+LENGTHS = {1: 256, 2: 256, 4: 256, 8: 128, 16: 128}  # {length in trained texts: questions held out}
 QA_STEPS = 12  # of post-training
 LABELLED = 64  # questions to train on: labels are scarce, texts are not
 DOCUMENTS = 4096  # to train on: 128 steps see none of them twice
-WARM_STEPS = 1600  # of imitation, at most; binding takes twice as many at most
-FALL = 400, 900  # steps of imitation over which the learning rate falls
+WARM_STEPS = 3200  # of binding, of quoting, and of imitation, at most
+FALL = 250, 650  # steps of imitation over which the learning rate falls; then a new round begins
+TOLD = 1 / 8  # share of the practised recalls whose memory tells what is hidden
 WEIGHTS = {"update": 2, "quote": 4, "answer": 2, "recall": 1, "find": 1}  # of kinds of prompts
-GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9}  # it ends with these skills, see `skills`
+GOALS = {"verb": 0.98, "object": 0.98, "quote": 0.9, "answer": 0.9}  # it ends with these `skills`
 
 # --------------------------------------------------------------------------- tokenizer and model
 
@@ -136,7 +139,7 @@ def words():
     for tag in TAGS:
         structure += [f"<{tag}>", f"</{tag}>"]
     prompts = " ".join(
-        [PROBLEM, *TEMPLATES.values(), QUOTE, NO_MEMORY, TARGET, "what user assistant"]
+        [PROBLEM, *TEMPLATES.values(), QUOTE, NO_MEMORY, TARGET, "user assistant"]
     )
     prompts = re.sub(r"\{\w+\}", " ", prompts).split()
     search = "; Passage ( title : ) nothing found 0 1 2 3 4 5 6 7 8 9".split()
@@ -168,10 +171,10 @@ def tokenizer():
 
 
 def model(seed=0):
-    """A randomly initialised Qwen3ForCausalLM of about 190,000 parameters.
+    """A randomly initialised Qwen3ForCausalLM of 185,024 parameters.
 
-    What a head can match by content are the slow dimensions of RoPE, what it can find by position
-    the fast ones: 32 dimensions a head and a large theta leave enough of both.
+    A head matches content in the slow dimensions of RoPE, and finds positions in the fast ones: 32
+    dimensions a head and a large theta leave enough of both.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -193,8 +196,8 @@ def model(seed=0):
 
 
 def documents(count, seed, chunks=CHUNKS):
-    """Masked documents as data.py makes them, each with its own question: it hides a city behind
-    the name of a person, of whom two clues are told, each in another chunk."""
+    """Rows as data.py's masked documents, each with its own question. A city goes by the name of a
+    person; two of its facts, the clues, stand in different chunks."""
     rows = []
     for i in range(count):
         rng = random.Random(f"document {seed} {i} {chunks}")
@@ -202,9 +205,8 @@ def documents(count, seed, chunks=CHUNKS):
         verbs = rng.sample(VERBS, HINTS)
         clues = [[name, verb, ENCYCLOPEDIA[city][verb]] for verb in verbs]
         text = write(arrange(clues, chunks, rng, without=city))
-        words = re.finditer(r"\w+", text)
-        entities = ENTITIES - {name}
-        spans = [list(word.span()) for word in words if word.group() in entities]
+        found = re.finditer(r"\w+", text)
+        spans = [list(word.span()) for word in found if word.group() in ENTITIES]
         row = {"id": f"{seed} {i}", "text": text, "answer": city, "entities": spans}
         rows.append(row | {"question": f"{name} is what ?"})
     return rows
@@ -223,16 +225,17 @@ def questions(count, seed, chunks=CHUNKS):
     return rows
 
 
-def ask(fact, name, context=""):
+def ask(fact, row_id, context=""):
     """The question for the last word of a fact."""
     subject, verb, thing = fact
     asked = f"{subject} {verb} what ?"
-    return {"id": name, "question": asked, "answers": [thing], "context": context}
+    return {"id": row_id, "question": asked, "answers": [thing], "context": context}
 
 
 def arrange(hints, chunks, rng, without=None):
     """The facts of a document, in order: `hints`, all of one subject and each in another chunk,
-    among facts about other people and, one in six, about cities, none of them `without`."""
+    among facts about other people and, one in ten, about cities, none of them `without`. There are
+    enough for 105 chunks."""
     # a person and a verb come once at most, so that nobody contradicts himself
     pairs = [(who, verb) for who in PEOPLE for verb in VERBS if who != hints[0][0]]
     rng.shuffle(pairs)
@@ -241,7 +244,7 @@ def arrange(hints, chunks, rng, without=None):
     rng.shuffle(known)
 
     count = chunks * FACTS_PER_CHUNK - len(hints)
-    others = known[: count // 6] + habits[: count - count // 6]
+    others = known[: count // 10] + habits[: count - count // 10]
     rng.shuffle(others)
 
     # chunk by chunk
@@ -302,26 +305,31 @@ def search_questions(count, seed, part="train"):
 
 # ------------------------------------------------------------------------------------ the oracle
 
-ASKED = 0.5, 1  # how probably a fact of a section is taken up, one of the memory carried on,
-OTHERS = 0.5, 0.5  # .. if it is about the one whom the problem names, and if not
+# the chances that a fact of the section is taken up, and that one of the memory is carried on
+ASKED = 0.5, 1  # .. if it is about the one whom the problem names
+OTHERS = 0.5, 0.5  # .. if it is about others
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
 def oracle(prompts, limits, keys):
-    """A sampler: (prompts, limits, keys) -> `Response`s, a function of prompt and key alone."""
+    """A sampler: (prompts, limits, keys) -> `Response`s, each a function of its prompt, limit and
+    key."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {key} {prompt}")
         text = [VOCABULARY[i] for i in prompt]
+        kind = text[2]  # behind `<|im_start|> user`
         problem, memory, section = (block(text, tag) for tag in ("problem", "memory", "section"))
-        if "turns" in text:
+        if kind == "find":
             response = search(text, problem, rng)
-        elif "quote" in text:
-            response = [word for fact in read(section) if fact[0] in problem for word in fact]
-        elif problem is None:
+        elif kind == "quote":
+            response = sum(about(problem, section), [])
+        elif kind == "recall":
             response = ["\\boxed{", recall(memory, section, rng), "}"]
-        elif memory is None or section is None:  # the answer's turn, or the whole text, or no text
-            response = ["\\boxed{", answer(problem, memory or section or [], rng), "}"]
+        elif kind == "answer":
+            known = memory or section or []  # from memory, from the whole text, or from no text
+            said = sum(about(problem, known), [])
+            response = [*said, "\\boxed{", answer(problem, known, rng), "}"]
         else:
             response = update(problem, memory, section, (limit - 1) // FACT, rng)
         ids = [ID[word] for word in response[: limit - 1]]
@@ -342,18 +350,23 @@ def update(problem, memory, section, room, rng, asked=ASKED, others=OTHERS):
     old, facts = read(memory), []
     new = [fact for fact in read(section) if fact not in old]
     for fact in old + new:
-        take, carry = asked if fact[0] in problem else others
+        take, carry = asked if fact[0] == problem[0] else others
         if rng.random() < (take if fact in new else carry):
             facts.append(fact)
     kept = sorted(rng.sample(range(len(facts)), min(room, len(facts))))
     return sum((facts[i] for i in kept), [])
 
 
+def about(problem, text):
+    """The facts of a list of words about the one whom the problem names."""
+    return [fact for fact in read(text) if fact[0] == problem[0]]
+
+
 def answer(problem, memory, rng):
     """What memory and encyclopedia say, else a guess among what they leave open."""
-    facts = read(memory)
-    if "is" in problem:
-        clues = {(verb, thing) for subject, verb, thing in facts if subject == problem[0]}
+    facts = about(problem, memory)
+    if problem[1] == "is":
+        clues = {(verb, thing) for _, verb, thing in facts}
         fits = [city for city in CITIES if clues <= {*ENCYCLOPEDIA[city].items()}]
         return rng.choice(fits or CITIES)
     for fact in facts:
@@ -368,13 +381,12 @@ def recall(memory, section, rng):
     hidden = [fact for fact in read(section) if TARGET in fact]
     for known in (read(memory), KNOWN):
         for fact in hidden:
-            gap = fact.index(TARGET)
+            gap = fact.index(TARGET)  # 0 or 2: its subject or its object
             rest = fact[1], fact[2 - gap]
             found = [other[gap] for other in known if (other[1], other[2 - gap]) == rest]
             if found:
                 return rng.choice(found)
-    subject, verb, _ = hidden[0]
-    return rng.choice(PEOPLE if subject == TARGET else HABITS[verb])
+    return rng.choice(HABITS[hidden[0][1]])
 
 
 def search(text, problem, rng):
@@ -403,8 +415,8 @@ def search(text, problem, rng):
 # First the model learns to bind: in `Ada sells wool Ada grows oats Ben sells figs Ada sells ..`
 # what comes next is wool, which only `Ada` and `sells` together tell. Language models learn to copy
 # so early, by attention heads that look back and others that look for what stood there
-# ("induction"). Then it imitates the oracle, on the tasks and on exercises.
-# A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
+# ("induction"). Then it quotes and answers, and at last it imitates the oracle, on all tasks and on
+# exercises. A row to imitate is (prompt ids, response ids); its kind is the prompt's first word.
 
 
 def said_again(rng, count, length=63):
@@ -412,7 +424,8 @@ def said_again(rng, count, length=63):
     can be known from what was said before, the same shape"""
     ids, known = [], []
     for _ in range(count):
-        # in half of the rows verbs are things: four are guessed too well for much to be learnt
+        # in half of the rows things stand in place of verbs: of four verbs a guess is right too
+        # often for much to be learnt
         verbs = rng.choice([VERBS, THINGS])
         facts = any_facts(rng, rng.sample(SUBJECTS, rng.randint(2, 6)), verbs)
         names = [fact[0] for fact in facts]
@@ -443,11 +456,12 @@ def binding_loss(lm, ids, known, rotation):
     """-log p of what can be known. And of the words one and two places back, told by the first
     layer alone: without this its heads take minutes to find out where to look.
 
-    rotation: orthogonal, (hidden, hidden); it leaves each of the two a place of its own
+    rotation: orthogonal, (hidden, hidden); applied once for the word one place back and twice for
+        the other, so that the two don't share directions
     """
     output = lm.model(ids, output_hidden_states=True)
-    words = lm.model.embed_tokens.weight  # (V, hidden)
-    scores, targets = output.last_hidden_state[:, :-1] @ words.T, ids[:, 1:]
+    embeddings = lm.model.embed_tokens.weight  # (V, hidden)
+    scores, targets = output.last_hidden_state[:, :-1] @ embeddings.T, ids[:, 1:]
 
     # verbs are guessed so well that they come late, or, with some seeds, never: they weigh more
     place, loss = torch.arange(1, ids.shape[1]) % FACT, 0
@@ -456,10 +470,10 @@ def binding_loss(lm, ids, known, rotation):
         loss = loss + weight * functional.cross_entropy(scores[chosen], targets[chosen])
 
     # which words stand before
-    first = functional.rms_norm(output.hidden_states[1], words.shape[1:])
+    first = functional.rms_norm(output.hidden_states[1], embeddings.shape[1:])
     for back in 1, 2:
         first = first @ rotation
-        scores = first[:, back:] @ words.detach().T
+        scores = first[:, back:] @ embeddings.detach().T
         loss = loss + functional.cross_entropy(scores.flatten(0, 1), ids[:, :-back].flatten())
     return loss
 
@@ -473,10 +487,10 @@ def binding(lm, ids, known):
     return {name: right[chosen].float().mean().item() for name, chosen in places.items()}
 
 
-def demonstrations(prompts, name, count, chunks):
+def demonstrations(prompts, seed, count, chunks):
     """The oracle's turns on `count` fresh documents and questions each and half as many searches:
     the same tasks as in training, with the oracle in the sampler's place. -> rows"""
-    corpus = passages(name)
+    corpus = passages(seed)
     best = data.open_search([row["text"] for row in corpus])
 
     def lookup(queries):
@@ -484,35 +498,46 @@ def demonstrations(prompts, name, count, chunks):
 
     cfg = train.Config(**SETTINGS | SEARCH_SETTINGS | dict(group=1, recalls=1))
     setup = train.Setup(cfg, prompts, oracle, lookup)
-    pairs = data.pair_questions(search_questions(count // 2 * 2, name), 2)
-    groups = train.memtrain(setup, dict(enumerate(documents(count, name, chunks))), name)
-    groups += train.longqa(setup, dict(enumerate(questions(count, name, chunks))), name)
-    groups += train.searchqa(setup, dict(enumerate(pairs)), name)
+    pairs = data.pair_questions(search_questions(count // 2 * 2, seed), 2)
+    groups = train.memtrain(setup, dict(enumerate(documents(count, seed, chunks))), seed)
+    groups += train.longqa(setup, dict(enumerate(questions(count, seed, chunks))), seed)
+    groups += train.searchqa(setup, dict(enumerate(pairs)), seed)
     return [(turn.prompt_ids, turn.response_ids) for turn in train.turns_of(groups)]
 
 
-def exercises(prompts, name, count):
-    """What the oracle writes when it is asked about made-up memories and sections, four prompts for
+def exercises(prompts, seed, count):
+    """What the oracle writes when it is asked about made-up memories and sections, six prompts for
     each of `count` documents and half as many questions. -> rows"""
-    rng, asked = random.Random(f"exercises {name}"), []
+    rng, asked = random.Random(f"exercises {seed}"), []
     quote = Template(prompts.tokenizer, QUOTE)
-    for row in documents(count, name) + questions(count // 2, name):
-        text, problem = row.get("text") or row["context"], row["question"].split()
-        facts = read(text.split())
-        about = [fact for fact in facts if fact[0] == problem[0]]
-        others = [fact for fact in facts if fact[0] != problem[0]]
+    for row in documents(count, seed) + questions(count // 2, seed):
+        text = (row.get("text") or row["context"]).split()
+        words = row["question"].split()
+        facts, hints, problem = read(text), about(words, text), ids_of([words])
+        others = [fact for fact in facts if fact not in hints]
 
         # answer from a memory that holds all that is asked for, among other facts
-        memory = about + rng.sample(others, rng.randint(0, ROOM - HINTS))
+        memory = hints + rng.sample(others, rng.randint(0, ROOM - HINTS))
         rng.shuffle(memory)
-        asked.append(prompts.answer(problem=ids_of([problem]), memory=ids_of(memory)))
+        asked.append(prompts.answer(problem=problem, memory=ids_of(memory)))
 
-        # update a memory that may know the section, or repeat itself: the next one does not
+        # update a memory that may know the section, or repeat itself: the next one has a fact once
         section = ids_of(rng.sample(others, FACTS_PER_CHUNK))
         again = rng.choices(memory, k=rng.randint(1, ROOM))
         old = ids_of(rng.choice([memory, again, sorted(again)]))
-        problem = ids_of([problem])
         asked.append(prompts.update(problem=problem, memory=old, section=section))
+
+        # recall what few memories tell: where none does, one guess is as good as another
+        people = [fact for fact in facts if fact[0] in PEOPLE]
+        rng.shuffle(people)
+        subject, verb, _ = people[0]
+        section = [[subject, verb, TARGET], *people[1:FACTS_PER_CHUNK]]
+        rng.shuffle(section)
+        memory = people[FACTS_PER_CHUNK : FACTS_PER_CHUNK + rng.randint(0, ROOM - 1)]
+        if rng.random() < TOLD:
+            memory.append(people[0])
+        rng.shuffle(memory)
+        asked.append(prompts.recall(memory=ids_of(memory), section=ids_of(section)))
 
         # update and quote, of recombined facts: nothing but the text tells what goes together
         size = ROOM + FACTS_PER_CHUNK
@@ -522,9 +547,14 @@ def exercises(prompts, name, count):
         old, section = facts[: rng.randint(0, ROOM)], facts[-FACTS_PER_CHUNK:]
         problem[0] = ID[rng.choice([names[0], names[1], names[-1], names[-2]])]
         asked.append(prompts.update(problem=problem, memory=ids_of(old), section=ids_of(section)))
-        section = facts[: rng.randint(3, ROOM)]
-        problem[0] = ID[rng.choice(names[: len(section) + 2])]
-        asked.append(quote(problem=problem, section=ids_of(section)))
+        for _ in range(2):
+            rng.shuffle(facts)
+            names = [fact[0] for fact in facts]
+            section = facts[: rng.randint(3, ROOM)]
+            problem[0] = ID[rng.choice(names[: len(section) + 2])]
+            asked.append(quote(problem=problem, section=ids_of(section)))
+
+    # 99 tokens: here a memory may hold more facts than ROOM
     responses = oracle(asked, [99] * len(asked), range(len(asked)))
     return [(prompt, response.ids) for prompt, response in zip(asked, responses)]
 
@@ -537,7 +567,8 @@ def by_kind(rows):
     """{first word of the prompt: rows}"""
     kinds = {}
     for row in rows:
-        kinds.setdefault(VOCABULARY[row[0][2]], []).append(row)
+        kind = VOCABULARY[row[0][2]]  # behind `<|im_start|> user`
+        kinds.setdefault(kind, []).append(row)
     return kinds
 
 
@@ -566,14 +597,14 @@ def imitation_loss(lm, rows):
 
 @torch.no_grad()
 def skills(lm, prompts):
-    """On new exercises: shares of answers and quotes that are right in every word; and of right
-    verbs and objects in quotes, each after what comes before. Answers are no goal of the warm
-    start: what it leaves to learn there, and of recalls, is left to the rewards."""
+    """On exercises that are never trained on: shares of answers and quotes that are right in every
+    word; and of right verbs and objects in quotes, each after what comes before."""
     rows, found = by_kind(exercises(prompts, "skills", 128)), {}
     for kind in "answer", "quote":
         scores, ids, lengths = scores_of(lm, rows[kind])
         right = scores.argmax(-1) == ids
         found[kind] = statistics.fmean(bool(row.all()) for row in right.split(lengths))
+    # `ids` and `right` are those of the quotes now
     for name, words in ("verb", VERBS), ("object", THINGS):
         chosen = torch.isin(ids, torch.tensor([ID[word] for word in words]))
         found[name] = right[chosen].float().mean().item()
@@ -581,20 +612,21 @@ def skills(lm, prompts):
 
 
 def warm_start(seed=0, steps=WARM_STEPS):
-    """The pocket model, taught to bind, in at most 2 * steps, then to imitate the oracle, in at
-    most `steps`; both end when the model has the skills of GOALS.
+    """The pocket model, taught to bind, then to quote and answer, then to imitate the oracle in all
+    tasks: each at most `steps`, and until its GOALS are reached. Those of binding are verb and
+    object, that of quoting is quote; imitation ends with all four, once its rate is low.
 
     In the end the last norm is doubled, as if sampled at temperature 0.5: so small a model copies
     too noisily at 1.
     """
     lm, prompts = model(seed), Prompts(tokenizer(), TEMPLATES, PROBLEM)
     optimizers, rng = open_optimizers(lm), random.Random(f"binding {seed}")
-    noise = torch.Generator().manual_seed(seed)
-    rotation = torch.nn.init.orthogonal_(torch.empty(64, 64), generator=noise)
+    generator, width = torch.Generator().manual_seed(seed), lm.config.hidden_size
+    rotation = torch.nn.init.orthogonal_(torch.empty(width, width), generator=generator)
 
     # bind
     unseen = said_again(random.Random("unseen"), 128)
-    bar = tqdm(range(2 * steps), desc="warm start, binding")
+    bar = tqdm(range(steps), desc="warm start, binding")
     for step in bar:
         loss = binding_loss(lm, *said_again(rng, 16), rotation)
         descend(lm, optimizers, loss, min(1, (step + 1) / 30))
@@ -604,12 +636,24 @@ def warm_start(seed=0, steps=WARM_STEPS):
             if all(found[name] >= GOALS[name] for name in found):
                 break
 
+    # quote and answer: among all tasks at once, some seeds hardly learn to see whether there is
+    # anything to be said of the one asked for
+    bar = tqdm(range(steps), desc="warm start, quoting")
+    for step in bar:
+        rows = by_kind(exercises(prompts, f"quoting {seed} {step}", 12))
+        descend(lm, optimizers, imitation_loss(lm, rows["quote"] + rows["answer"]), 1)
+        if step % 25 == 24:
+            found = skills(lm, prompts)
+            bar.set_postfix(found, refresh=False)
+            if found["quote"] >= GOALS["quote"]:
+                break
+
     # imitate: goals count once the rate is low, as only small steps make the model exact
     bar = tqdm(range(steps), desc="warm start")
     for step in bar:
-        name = f"warm start {seed} {step}"
-        rows = demonstrations(prompts, name, 2, CHUNKS) + exercises(prompts, name, 12)
-        rate = (FALL[1] - step) / (FALL[1] - FALL[0])
+        fresh = f"warm start {seed} {step}"
+        rows = demonstrations(prompts, fresh, 2, CHUNKS) + exercises(prompts, fresh, 12)
+        rate = (FALL[1] - step % FALL[1]) / (FALL[1] - FALL[0])
         descend(lm, optimizers, imitation_loss(lm, rows), min(1, max(rate, 0.05)))
         if step % 25 == 24:
             found = skills(lm, prompts)
@@ -623,7 +667,8 @@ def warm_start(seed=0, steps=WARM_STEPS):
 
 
 def open_optimizers(lm):
-    """Muon for the matrices: it learns to copy in two thirds of AdamW's steps."""
+    """Muon for the matrices, as copying is learnt in two thirds of AdamW's steps; AdamW for all
+    else."""
     matrices, others = [], []
     for name, parameter in lm.named_parameters():
         is_matrix = parameter.dim() == 2 and "embed" not in name
@@ -640,8 +685,8 @@ def descend(lm, optimizers, loss, scale):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
     for optimizer in optimizers:
-        for settings in optimizer.param_groups:
-            settings["lr"] = scale * settings.setdefault("peak", settings["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group.setdefault("peak", group["lr"])
         optimizer.step()
     lm.zero_grad()
 
@@ -698,7 +743,8 @@ def make(out, seed=0, steps=WARM_STEPS):
 
 
 def show():
-    """Prints a document and a question, and the oracle's way through them, prompt by prompt."""
+    """Prints a document; then the oracle's prompts and responses: a recall, the document's turns,
+    and those of a question about another text."""
     prompts = Prompts(tokenizer(), TEMPLATES, PROBLEM)
     (row,) = documents(1, "shown")
     print(f"{row['text']}\n\n{row['question']} {row['answer']}\n")
@@ -715,7 +761,7 @@ def main(argv=None):
     parser.add_argument("command", nargs="?", default="make", choices=("make", "show"))
     parser.add_argument("--out", default="cache/tiny", help="the folder to make [cache/tiny]")
     parser.add_argument("--seed", type=int, default=0, help="of everything in it [0]")
-    help = f"of imitation, at most; binding takes twice as many at most [{WARM_STEPS}]"
+    help = f"of binding, of quoting, and of imitation, at most [{WARM_STEPS}]"
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help=help)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # two gain a third at best, and lose much where others work as well

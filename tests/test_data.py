@@ -42,10 +42,8 @@ def world(articles=60, seed=0):
         a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")
     ]
     for number in range(articles):
-        first, last = (
-            rng.choice(["Ada", "Ben", "Cy", "Dora"]),
-            rng.choice(["Stone", "Rivers", "Hill", "Marsh"]),
-        )
+        first = rng.choice(["Ada", "Ben", "Cy", "Dora"])
+        last = rng.choice(["Stone", "Rivers", "Hill", "Marsh"])
         name = f"{first} {last}{chr(97 + number % 26)}"
         town, other, year = rng.choice(towns), rng.choice(towns), rng.randint(1700, 1999)
         yield {
@@ -222,9 +220,8 @@ def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, bui
     for document in built[0] + built[1]:
         restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
         assert len(set(restored)) == 11 and set(restored) <= known
-        assert MASK in document["text"] and not slow_pattern(document["answer"]).search(
-            document["text"]
-        )
+        assert MASK in document["text"]
+        assert not slow_pattern(document["answer"]).search(document["text"])
 
 
 def test_entity_spans_point_at_the_same_names_that_the_passages_have(corpus, built):
@@ -359,9 +356,8 @@ def test_folders_of_before_there_were_questions_can_be_read(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
         tmp_path / "docs"
     )
-    assert list(data.load_documents(tmp_path / "docs", "train")) == rows and not run(
-        "show", tmp_path / "docs"
-    )
+    assert list(data.load_documents(tmp_path / "docs", "train")) == rows
+    assert not run("show", tmp_path / "docs")
 
 
 def test_documents_that_break_off_leave_nothing_and_a_folder_that_is_there_is_not_touched(tmp_path):
@@ -474,9 +470,8 @@ def test_a_recall_that_outgrew_its_chunk_loses_the_end_farther_from_the_target(t
         recall = data.draw_recall(
             document, data.chunks(text, tokenizer, size), tokenizer, size, random.Random(0)
         )
-        assert (recall.k, recall.l) == (1, 1) and recall.ids == (
-            whole[:size] if kept == "start" else whole[-size:]
-        )
+        assert (recall.k, recall.l) == (1, 1)
+        assert recall.ids == (whole[:size] if kept == "start" else whole[-size:])
 
 
 def test_k_l_and_the_target_are_uniform():
@@ -693,9 +688,8 @@ def test_questions_are_paired_within_their_source_in_order(count):
     assert len(joined) == 2 * (7 // count)
     for number, row in enumerate(joined[: 7 // count]):
         members = range(number * count, (number + 1) * count)
-        assert row["question"] == "; ".join(f"a{n}?" for n in members) and row["answers"] == [
-            [n] for n in members
-        ]
+        assert row["question"] == "; ".join(f"a{n}?" for n in members)
+        assert row["answers"] == [[n] for n in members]
 
 
 # ---- long documents ------------------------------------------------------------------------------
@@ -801,10 +795,8 @@ def test_dense_search_equals_mean_pooling_and_inner_products_by_hand(tmp_path, e
 
     rows = list(world(150))
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(encoder),
-        AutoModel.from_pretrained(encoder).eval(),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder).eval()
 
     @torch.no_grad()
     def embed(text):

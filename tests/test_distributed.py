@@ -457,9 +457,9 @@ def test_weights_and_optimizer_come_back_as_they_were(alone, tokenizer, tmp_path
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
     assert distributed.load_trainer(tmp_path, other, other_optimizer) == 7
     for p, q in zip(policy.parameters(), other.parameters()):
-        assert p.equal(q) and optimizer.state[p]["exp_avg"].equal(
-            other_optimizer.state[q]["exp_avg"]
-        )
+        assert p.equal(q)
+        ours, theirs = optimizer.state[p], other_optimizer.state[q]
+        assert ours["exp_avg"].equal(theirs["exp_avg"])
 
 
 # ------------------------------------------------------------------------------------------- errors

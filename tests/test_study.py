@@ -89,7 +89,7 @@ def test_an_arm_that_is_asked_for_brings_the_one_it_starts_from_and_waits_for_it
     trained, commands = recorded
     study.Study(trained.out, 1, **SIZES, lengths=[1], arms=["full + QA"]).run()
     made = [flags[-1].split("/")[-1] for script, *flags in commands if script == "train.py"]
-    assert made == ["full-301", "full+QA-301"]
+    assert made == ["full-901", "full+QA-901"]
 
 
 def test_qa_is_as_long_and_as_fast_as_its_arm_says(recorded):
@@ -101,9 +101,9 @@ def test_qa_is_as_long_and_as_fast_as_its_arm_says(recorded):
             lr = flags[flags.index("--lr") + 1] if "--lr" in flags else tiny.SETTINGS["lr"]
             asked[flags[-1].split("/")[-1]] = int(flags[flags.index("--steps") + 1]), float(lr)
     rate = tiny.SETTINGS["lr"]
-    assert asked["warm+QA-301"] == asked["full+QA-302"] == (12, rate)
-    assert asked["warm+twicetheQA-301"] == (24, rate) and asked["warm+QAaslong-301"] == (36, rate)
-    assert asked["warm+QAathalftherate-301"] == (12, rate / 2)
+    assert asked["warm+QA-901"] == asked["full+QA-902"] == (12, rate)
+    assert asked["warm+twicetheQA-901"] == (24, rate) and asked["warm+QAaslong-901"] == (36, rate)
+    assert asked["warm+QAathalftherate-901"] == (12, rate / 2)
 
 
 def test_a_finished_study_starts_nothing_again(recorded):
@@ -148,7 +148,7 @@ def test_the_report_shows_means_over_seeds_and_pairs_differences_by_seed():
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path):
     broken = study.Study(tmp_path, 1, steps=1, qa_steps=1, lengths=[1], warm_steps="many")
-    message = r"tiny.py .* failed: see .*tiny-301.log; started again, the study goes on"
+    message = r"tiny.py .* failed: see .*tiny-901.log; started again, the study goes on"
     with pytest.raises(SystemExit, match=message):
         broken.run()
-    assert "many" in (tmp_path / "tiny-301.log").read_text()
+    assert "many" in (tmp_path / "tiny-901.log").read_text()

@@ -240,10 +240,8 @@ def some_sequences(count=12, seed=0, old=False, ref=False):
 
     shared, sequences = ids(20), []
     for i in range(count):
-        prompt, response = (
-            (shared if i % 3 else []) + ids(rng.randint(1, 9)),
-            ids(rng.randint(1, 7)),
-        )
+        prompt = (shared if i % 3 else []) + ids(rng.randint(1, 9))
+        response = ids(rng.randint(1, 7))
         turn = Turn(prompt, response, False, logps(len(response)).tolist())
         sequence = train.Sequence(turn, rng.uniform(-1, 1), i % 4)
         sequence.old_logps = logps(len(response)) if old else None
@@ -427,10 +425,8 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     # the checkpoint is a model like any other, and brings prompts and settings along
     saved = run / "step-000002"
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(saved),
-        AutoTokenizer.from_pretrained(saved),
-    )
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
     chat = [{"role": "user", "content": "Ada sells tea"}]
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True

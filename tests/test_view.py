@@ -428,7 +428,7 @@ def means(table, name):
 
 
 def test_a_memory_of_everything_captures_and_retains_everything():
-    table = forgetting_of(keeps(99), tiny.documents(8, "forgetting"))
+    table = forgetting_of(keeps(99), tiny.documents(8, "forgetting", 4))
     assert (
         means(table, "written") == dict.fromkeys(range(4), 1.0)
         and means(table, "no memory") == {0: 0.0}
@@ -439,7 +439,7 @@ def test_a_memory_of_everything_captures_and_retains_everything():
 
 
 def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_later():
-    table = forgetting_of(keeps(2 * tiny.FACTS_PER_CHUNK), tiny.documents(8, "forgetting"))
+    table = forgetting_of(keeps(2 * tiny.FACTS_PER_CHUNK), tiny.documents(8, "forgetting", 4))
     assert means(table, "written") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
     assert (
         means(table, "recall")[0] > 0.9
@@ -457,7 +457,7 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
             return sum((tiny.read(memory) + tiny.read(section))[: tiny.FACTS_PER_CHUNK], [])
         return last(memory, section, problem)
 
-    table = forgetting_of(first, tiny.documents(8, "forgetting"))
+    table = forgetting_of(first, tiny.documents(8, "forgetting", 4))
     assert (
         0.15 < table["capture"][0][0] < 0.3
         and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}

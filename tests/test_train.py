@@ -417,7 +417,7 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
         and "heldout" in lines[2]
     )
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
-    assert len(sample["turns"]) == 5 and len(sample["rewards"]) == 4
+    assert len(sample["turns"]) == tiny.CHUNKS + 1 and len(sample["rewards"]) == 4
     config = json.loads((run / "config.json").read_text())["config"]
     # kv_tokens 0: measured anew wherever the run goes on
     assert config["kv_tokens"] == 0 and config["steps"] == 2

@@ -105,6 +105,7 @@ TEMPLATES = {
     "search": "find <problem> {problem} </problem> {previous} {turns} turns left",
 }
 QUOTE = "quote <section> {section} </section> <problem> {problem} </problem>"  # an exercise
+KIND = 2  # where a prompt's first word stands: behind `<|im_start|> user`
 SETTINGS = dict(  # defaults for train.py's flags
     steps=40, documents_per_step=32, documents_per_update=32, recall_draw="document",
     chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1,  # 1: the end token
@@ -318,7 +319,7 @@ def oracle(prompts, limits, keys):
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {key} {prompt}")
         text = [VOCABULARY[i] for i in prompt]
-        kind = text[2]  # behind `<|im_start|> user`
+        kind = text[KIND]
         problem, memory, section = (block(text, tag) for tag in ("problem", "memory", "section"))
         if kind == "find":
             response = search(text, problem, rng)
@@ -567,8 +568,7 @@ def by_kind(rows):
     """{first word of the prompt: rows}"""
     kinds = {}
     for row in rows:
-        kind = VOCABULARY[row[0][2]]  # behind `<|im_start|> user`
-        kinds.setdefault(kind, []).append(row)
+        kinds.setdefault(VOCABULARY[row[0][KIND]], []).append(row)
     return kinds
 
 

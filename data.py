@@ -55,17 +55,17 @@ MASK = "[MASK]"  # hides the answer of a document (end-to-end task)
 TARGET = "[TARGET]"  # hides an entity of a chunk (recall): another name keeps the two tasks apart
 
 
-class DataError(ValueError):
+class InputError(ValueError):
     """Bad input, in one line: what is wrong, where, what to do. The command line exits with 2."""
 
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Turn these errors of a library into a DataError: the message, and the library's own words."""
+    """Turn these errors of a library into a InputError: the message, and the library's own words."""
     try:
         yield
     except errors as error:
-        raise DataError(f"{message} ({_one_line(error)})") from None
+        raise InputError(f"{message} ({_one_line(error)})") from None
 
 
 def _one_line(error):
@@ -83,7 +83,7 @@ def read_rows(source, columns=None, stream=False, seed=0):
 
     columns: of parquet only these are read ("a.b" is a field of a struct): MemAgent's files hold
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
-    shuffled with the seed and streamed, not downloaded whole. DataError for what can't be read.
+    shuffled with the seed and streamed, not downloaded whole. InputError for what can't be read.
     """
     kind = re.search(ROW_FILE, source)
     repo, _, file = source.partition(":")
@@ -94,10 +94,10 @@ def read_rows(source, columns=None, stream=False, seed=0):
         rows = read_rows(_hub_file(repo, file), columns)
     elif not os.path.exists(source):
         hub = "a data set of the Hub is written OWNER/NAME[:CONFIG[:SPLIT]]"
-        raise DataError(f"{source}: no such file ({hub})")
+        raise InputError(f"{source}: no such file ({hub})")
     elif not kind:
         known = ".jsonl, .json, .txt, each also .gz, and .parquet"
-        raise DataError(f"{source}: unknown kind of file; known are {known}")
+        raise InputError(f"{source}: unknown kind of file; known are {known}")
     elif kind[1] == "parquet":
         rows = _parquet_rows(source, columns)
     else:
@@ -106,7 +106,7 @@ def read_rows(source, columns=None, stream=False, seed=0):
     for place, row in rows:
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise DataError(f"{place}: a row must be a JSON object, this is a {kind}")
+            raise InputError(f"{place}: a row must be a JSON object, this is a {kind}")
         yield place, row
 
 
@@ -129,7 +129,7 @@ def _jsonl_rows(path):
             yield f"{path}:{number}", json.loads(line)
         except json.JSONDecodeError as error:
             cure = "repair or delete the line"
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}); {cure}") from None
+            raise InputError(f"{path}:{number}: not JSON ({error.msg}); {cure}") from None
 
 
 def _json_rows(path):
@@ -138,7 +138,7 @@ def _json_rows(path):
     with explained(f"{path}: not JSON; {cure}", json.JSONDecodeError):
         rows = json.loads("".join(_lines(path)))
     if not isinstance(rows, list):
-        raise DataError(f"{path}: a JSON list of rows is wanted, this is a {type(rows).__name__}")
+        raise InputError(f"{path}: a JSON list of rows is wanted, this is a {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
 
@@ -184,12 +184,12 @@ def _dataset_rows(source, stream, seed):
 
 
 def local_file(source):
-    """The path of a file here or on the Hub. DataError for none."""
+    """The path of a file here or on the Hub. InputError for none."""
     repo, _, file = source.partition(":")
     if repo.count("/") == 1 and file and not os.path.exists(source):
         return _hub_file(repo, file)
     if not os.path.isfile(source):
-        raise DataError(f"{source}: no such file")
+        raise InputError(f"{source}: no such file")
     return source
 
 
@@ -213,7 +213,7 @@ def passage(place, row):
         title = title.strip().strip('"')
     if not isinstance(text, str):
         wanted = "a passage is {id, title, text} or {id, contents}"
-        raise DataError(f"{place}: no text; {wanted}, this row has {sorted(row)}")
+        raise InputError(f"{place}: no text; {wanted}, this row has {sorted(row)}")
     title = tidy(str(title or "")).replace("\n", " ")
     return {"id": str(row.get("id", place)), "title": title, "text": tidy(text)}
 
@@ -523,7 +523,7 @@ def draw_documents(corpus, pivots, args, split, count):
 
     if count and not any(corpus.entities[row] for row in pivots):
         cure = "use a larger corpus, another --ner or --heldout 0"
-        raise DataError(f"no passage for {split} documents has an entity; {cure}")
+        raise InputError(f"no passage for {split} documents has an entity; {cure}")
     for number in tqdm(range(count), desc=f"build {split}", unit=" documents"):
         rng = random.Random(f"{args.seed}/{split}/{number}")
         for _ in range(100):
@@ -534,7 +534,7 @@ def draw_documents(corpus, pivots, args, split, count):
                 break
         else:
             problem = "none of 100 pivots has such an entity; lower it or raise --related"
-            raise DataError(f"--min_passages {args.min_passages}: {problem}")
+            raise InputError(f"--min_passages {args.min_passages}: {problem}")
         yield {"id": f"{split}-{number:06d}", **document}
 
 
@@ -557,14 +557,14 @@ def build(args):
     total = 1 + args.related + args.random
     if len(texts) < total:
         cure = "use more, or lower --random and --related"
-        raise DataError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
+        raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
     search = open_search(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
     if args.max_occurrences or args.max_words:
         entities = [asked_for(*pair, args) for pair in zip(texts, entities, strict=True)]
     if not any(entities):
         problem = f"no passage has an entity that --ner {args.ner} finds"
-        raise DataError(f"{args.corpus}: {problem}; wrong language or wrong column?")
+        raise InputError(f"{args.corpus}: {problem}; wrong language or wrong column?")
 
     def related(row):
         (hits,) = search([texts[row]], args.related + 1)
@@ -604,7 +604,7 @@ def save_documents(out, parts):
     from datasets.arrow_writer import ArrowWriter
 
     if os.path.exists(out):
-        raise DataError(f"{out}: is there already; choose another name or delete it")
+        raise InputError(f"{out}: is there already; choose another name or delete it")
     datasets.disable_progress_bars()
     string = datasets.Value("string")
     spans = datasets.List(datasets.List(datasets.Value("int32")))
@@ -645,10 +645,10 @@ def load_documents(path, split, ner="en_core_web_sm"):
         path = str(import_documents(path, ner))
     if not holds_documents(path):
         cure = f"make them with: python data.py build --corpus .. --out {path}"
-        raise DataError(f"{path}: no documents here; {cure}")
+        raise InputError(f"{path}: no documents here; {cure}")
     parts = datasets.load_from_disk(path)
     if split not in parts:
-        raise DataError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
+        raise InputError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
     return parts[split]
 
 
@@ -666,7 +666,7 @@ def import_documents(source, ner="en_core_web_sm"):
 
     The file brings text, answer and question, but no entities for the recalls: these are found
     once, and kept in IMPORTED under a name made of the file's content and `ner`. All rows are
-    checked before that; DataError for one that is no masked document.
+    checked before that; InputError for one that is no masked document.
     """
     from tqdm import tqdm
 
@@ -687,7 +687,7 @@ def import_documents(source, ner="en_core_web_sm"):
         count += 1
         leaks += bool(occurrences(document["text"], document["answer"]))
     if not count:
-        raise DataError(f"{source}: no documents")
+        raise InputError(f"{source}: no documents")
     tqdm.write(f"{source}: looks for entities once, and keeps them in {folder}", file=sys.stderr)
     found = add_entities(masked_documents(path), ner, processes)
     bar = tqdm(found, desc="entities", total=count, unit=" documents")
@@ -720,7 +720,7 @@ def masked_documents(path):
         elif len(answers) > 1:
             problem = f"{len(answers)} answers"
         if problem:
-            raise DataError(f"{place}: {problem}; a masked document is a text and its one answer")
+            raise InputError(f"{place}: {problem}; a masked document is a text and its one answer")
         if exported:
             text = _without_headings(text)
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which can't be kept
@@ -792,10 +792,10 @@ def export(args):
     from tqdm import tqdm
 
     if not args.out.endswith(".parquet"):
-        raise DataError(f"--out {args.out}: .parquet can be written")
+        raise InputError(f"--out {args.out}: .parquet can be written")
     documents = load_documents(args.dir, args.split)
     if not len(documents):
-        raise DataError(f"{args.dir}: no {args.split} documents")
+        raise InputError(f"{args.dir}: no {args.split} documents")
     text, number = pyarrow.string(), pyarrow.int64()
     struct, several = pyarrow.struct, pyarrow.list_
     extra = {"index": number, "num_docs": number, "anchor_idx": number}
@@ -924,7 +924,7 @@ def show(args):
     documents = load_documents(args.dir, args.split, args.ner)
     if not 0 <= args.document < len(documents):
         count = f"{args.split} has {len(documents)} documents"
-        raise DataError(f"{args.dir}: {count}, --document counts from 0")
+        raise InputError(f"{args.dir}: {count}, --document counts from 0")
     document = documents[args.document]
     text = document["text"]
     counts = f"{text.count(MASK)} masks, {len(document['entities'])} entities"
@@ -965,7 +965,7 @@ def load_questions(path, objectives=None, long=False):
     MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]},
     FlashRAG's golden_answers, LongBench and BABILong. long: every question needs a context.
     With objectives, rows of several questions each: those that a file has joined (MEM1's), and
-    others as pair_questions joins them. DataError for a row that lacks something.
+    others as pair_questions joins them. InputError for a row that lacks something.
     """
     if path == "BytedTsinghua-SIA/hotpotqa":
         path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
@@ -973,15 +973,15 @@ def load_questions(path, objectives=None, long=False):
     for place, row in read_rows(path, QUESTION_COLUMNS):
         found = question_row(place, row, several=objectives is not None)
         if long and not found["context"].strip():
-            raise DataError(f"{place}: a long-text question needs a context, this row has none")
+            raise InputError(f"{place}: a long-text question needs a context, this row has none")
         rows.append(found)
     if not rows:
-        raise DataError(f"{path}: no questions")
+        raise InputError(f"{path}: no questions")
     if not objectives:
         return rows
     joined = pair_questions(rows, objectives)
     if not joined:
-        raise DataError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
+        raise InputError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
     return joined
 
 
@@ -1015,7 +1015,7 @@ def question_row(place, row, several=False):
         if not found:
             filled = [name for name in sorted(own) if _first(own[name]) is not None]
             wanted = f"a question needs a question and an answer, this row has {filled}"
-            raise DataError(f"{place}: no {name}; {wanted}")
+            raise InputError(f"{place}: no {name}; {wanted}")
 
     # a row of several questions has golds for each
     question = question.strip()
@@ -1023,7 +1023,7 @@ def question_row(place, row, several=False):
         check_joined(place, question, golds)
     elif len(golds) > 1:
         problem = f"golds of {len(golds)} questions at once"
-        raise DataError(f"{place}: {problem}; such rows are for --task searchqa alone")
+        raise InputError(f"{place}: {problem}; such rows are for --task searchqa alone")
     if context is not None and not isinstance(context, str):
         context = lay_out(paragraphs(place, own))
     return {
@@ -1090,13 +1090,13 @@ def golds_of(place, value):
     values = value if isinstance(value, list) else [value]
     nested = any(isinstance(each, list) for each in values)
     if nested and not all(isinstance(each, list) or each is None for each in values):
-        raise DataError(f"{place}: golds must be texts, or one list of texts for each question")
+        raise InputError(f"{place}: golds must be texts, or one list of texts for each question")
 
     golds = []
     for number, own in enumerate(values if nested else [values], 1):
         golds.append([_gold(place, gold) for gold in own or [] if _first(gold) is not None])
         if nested and not golds[-1]:
-            raise DataError(f"{place}: no gold for question {number} of {len(values)}")
+            raise InputError(f"{place}: no gold for question {number} of {len(values)}")
     return golds if golds[0] else None
 
 
@@ -1105,7 +1105,7 @@ def _gold(place, value):
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise DataError(f"{place}: a gold must be a text, this is a {type(value).__name__}")
+        raise InputError(f"{place}: a gold must be a text, this is a {type(value).__name__}")
     return str(value)
 
 
@@ -1120,12 +1120,12 @@ def _unprinted(place, text):
             return _plain(place, json.loads(text))
         except json.JSONDecodeError:
             if re.search(r"target|array\(|^\s*[\[{]\s*['\"]", text):
-                raise DataError(f"{place}: golds that can't be read: {text[:80]}") from None
+                raise InputError(f"{place}: golds that can't be read: {text[:80]}") from None
             return text
     tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
     kinds = [token.type for token in tokens if token.type != tokenize.NL]
     if (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:]):
-        raise DataError(f"{place}: golds lost their commas, write them as a list: {text[:80]}")
+        raise InputError(f"{place}: golds lost their commas, write them as a list: {text[:80]}")
     return _plain(place, value) if isinstance(value, (list, dict)) else text
 
 
@@ -1135,7 +1135,7 @@ def check_joined(place, question, golds):
     surely = list(filter(str.strip, re.split(r"\?\s*;", question)))
     if len(golds) not in (len(parts), len(surely)):
         problem = f"{len(surely)} questions joined by ; but golds of {len(golds)}"
-        raise DataError(f"{place}: {problem}; repair or delete the row")
+        raise InputError(f"{place}: {problem}; repair or delete the row")
 
 
 def paragraphs(place, row):
@@ -1154,7 +1154,7 @@ def paragraphs(place, row):
                 raise TypeError
             found.append((title, "".join(text)))  # sentences; a text is left whole
     except (KeyError, TypeError, ValueError):
-        raise DataError(f"{place}: context must be a text or [[title, text], ..]") from None
+        raise InputError(f"{place}: context must be a text or [[title, text], ..]") from None
     return found
 
 
@@ -1205,7 +1205,7 @@ def longqa(args):
     from tqdm import tqdm
 
     if not args.out.endswith((".jsonl", ".jsonl.gz")):
-        raise DataError(f"--out {args.out}: .jsonl or .jsonl.gz can be written")
+        raise InputError(f"--out {args.out}: .jsonl or .jsonl.gz can be written")
 
     # the questions with their paragraphs, and the pool of all paragraphs
     rows, pool, without = [], {}, 0
@@ -1213,7 +1213,7 @@ def longqa(args):
         question, own = question_row(place, row), own_paragraphs(place, row)
         if len(own) > args.documents:
             problem = f"{len(own)} paragraphs of its own, --documents {args.documents} has no room"
-            raise DataError(f"{place}: {problem}")
+            raise InputError(f"{place}: {problem}")
         pool.update(own)
         if own:
             rows.append((question, own))
@@ -1221,7 +1221,7 @@ def longqa(args):
             without += 1
     if len(pool) < args.documents:
         problem = f"{len(pool)} paragraphs of different titles"
-        raise DataError(f"{args.questions}: {problem}, --documents {args.documents} needs as many")
+        raise InputError(f"{args.questions}: {problem}, --documents {args.documents} needs as many")
 
     titles = list(pool)
     with whole_or_nothing(args.out) as unfinished, open_text(str(unfinished), "wt") as file:
@@ -1265,7 +1265,7 @@ def open_retriever(source, encoder="bm25", cache=None):
         return functools.partial(_ask_server, source)
     passages = [passage(place, row) for place, row in read_rows(source)]
     if not passages:
-        raise DataError(f"{source}: no passages")
+        raise InputError(f"{source}: no passages")
     texts = [f"{found['title']}\n{found['text']}" for found in passages]
 
     file = None
@@ -1325,7 +1325,7 @@ def _bm25_search(texts):
 
     index, indexed = bm25s.BM25(), words(texts)
     if not indexed.vocab:
-        raise DataError("the passages hold no word to search for")
+        raise InputError("the passages hold no word to search for")
     index.index(indexed, show_progress=False)
 
     def search(queries, k):
@@ -1387,7 +1387,7 @@ def _ask_server(url, queries, k):
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             trouble = _one_line(error)
     cure = "start the server, then go on with --resume"
-    raise DataError(f"{url}: no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble}); {cure}")
+    raise InputError(f"{url}: no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble}); {cure}")
 
 
 def _hit(url, hit):
@@ -1474,14 +1474,14 @@ def main(argv=None):
         for flag, _, _, least, _ in flags:
             value = getattr(args, flag.removeprefix("--"))
             if least is not None and value < least:
-                raise DataError(f"{flag} {value}: at least {least} is wanted")
+                raise InputError(f"{flag} {value}: at least {least} is wanted")
         if "out" in args and os.path.exists(args.out):
-            raise DataError(f"--out {args.out}: is there already; choose another name or delete it")
+            raise InputError(f"--out {args.out}: is there already; choose another name or delete it")
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # show DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DataError, OSError) as error:  # OSError: a full disk, a folder without permission
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
 

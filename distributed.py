@@ -1,4 +1,4 @@
-"""What several GPUs take: ranks, sharding with FSDP2, the memory of a GPU, checkpoints.
+"""What several GPUs take: ranks, sharding with FSDP2, the memory for a rollout, checkpoints.
 
 torchrun starts the ranks; a process by itself is a world of one, and runs the same code. To the
 rest of the project this file is a few calls with plain names:
@@ -85,19 +85,16 @@ def leave():
         os._exit(0)
 
 
-class InputError(ValueError):
-    """Bad input, in one line: what is wrong, where, what to do."""
-
-
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Bad input (InputError, OSError, and errors of these kinds) ends in one line and status 2.
+    """What can't be read, written or held (OSError, MemoryError), and errors of these kinds, end in
+    one line and status 2.
 
     A rank that fails just leaves, and torchrun ends the others: to take the process group apart it
     would have to wait for them."""
     try:
         yield
-    except (InputError, OSError, *kinds) as error:
+    except (OSError, MemoryError, *kinds) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # where all ranks fail, rank 0 speaks, and the others are ended by then
         tqdm.write(f"error: {error}", file=sys.stderr)
@@ -205,56 +202,6 @@ def _fsdp_units(policy):
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def training_memory(config, world, tokens, reference=True):
-    """What training takes of each of `world` GPUs, by arithmetic -> (states, row), bytes.
-
-    states: 16 bytes a parameter, sharded (fp32 weights, gradients and AdamW), 2 more for a
-    reference, sharded, too, and 2 for the weights in bf16 while they are gathered.
-    row: a training row of `tokens`, checkpointed: every layer's input, and what one layer (with its
-    gradients) and the logits of 1024 positions take while they are made again. In bf16, but for
-    the logits.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), naming(config.name_or_path):
-        lm = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in lm.parameters())
-    states = (16 + 2 * reference) * parameters / world + 2 * parameters
-    text = config.get_text_config()
-    width = text.hidden_size
-    heads = getattr(text, "num_attention_heads", 1) * head_size(text)
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    layer = 2 * (6 * width + 6 * heads + 4 * inner)
-    row = 2 * tokens * (text.num_hidden_layers * width + layer)
-    return int(states), row + 3 * 4 * 1024 * text.vocab_size
-
-
-def check_memory(path, device, tokens, reference=True):
-    """InputError, before anything is loaded, where a GPU is too small to train a model; with the
-    number of such GPUs that are needed. Nothing is known of a CPU's memory."""
-    if device.type == "cpu":
-        return
-    config, total = load_config(path), torch.cuda.get_device_properties(device).total_memory
-    states, row = training_memory(config, world_size(), tokens, reference)
-    if states + row <= total:
-        return
-    advice = "take a smaller model"
-    for world in (2, 4, 8, 16, 32, 64):
-        if sum(training_memory(config, world, tokens, reference)) <= total:
-            advice = f"take {world} such GPUs"
-            break
-    raise InputError(
-        f"--model {path} needs {(states + row) / 1e9:.0f} GB of a GPU ({states / 1e9:.0f} for "
-        f"weights, gradients, optimizer and reference, {row / 1e9:.0f} for a row of {tokens} "
-        f"tokens), which has {total / 1e9:.0f}: {advice}, or lower --tokens_per_forward"
-    )
-
-
-def head_size(config):
-    heads = getattr(config, "num_attention_heads", 1)  # there are models without any
-    return getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
 def kv_budget(lm, device, trained=True):
     """Tokens of KV cache for a rollout: three quarters of what the fullest rank has free once the
     weights are gathered and, where it is `trained`, gradients and optimizer state exist (12 bytes a
@@ -267,14 +214,14 @@ def kv_budget(lm, device, trained=True):
     torch.cuda.empty_cache()  # what PyTorch holds without using it would count as taken
     free = min(all_gather(torch.cuda.mem_get_info(device)[0])) - taken
     if free <= 0:
-        raise InputError(
+        raise MemoryError(
             f"the model leaves no memory for a rollout ({-free / 1e9:.1f} GB short on a GPU): "
             "use more GPUs, or a smaller model"
         )
     config = lm.config.get_text_config()
-    heads = config.num_key_value_heads * head_size(config)
-    bytes_per_token = 2 * width * config.num_hidden_layers * heads
-    return int(0.75 * free / bytes_per_token)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = config.num_hidden_layers * config.num_key_value_heads * head  # numbers a token
+    return int(0.75 * free / (2 * width * keys))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -295,33 +242,17 @@ def load_model(path, dtype):
     """-> (causal language model on the CPU, tokenizer), of a Hub name or a folder.
 
     dtype "auto": as the weights lie in the files, which are then only mapped into memory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = load_config(path)
-    config.dtype = None  # "auto" would believe the config rather than the files
     path = checkpoint_path(path)
-    with naming(path):
+    try:
+        config = AutoConfig.from_pretrained(path)
+        config.dtype = None  # "auto" would believe the config rather than the files
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         return lm, AutoTokenizer.from_pretrained(path)
-
-
-def load_config(path):
-    """The configuration of a Hub name or a folder."""
-    from transformers import AutoConfig
-
-    path = checkpoint_path(path)
-    with naming(path):
-        return AutoConfig.from_pretrained(path)
-
-
-@contextlib.contextmanager
-def naming(path):
-    """What can't be loaded inside is an InputError that names the path."""
-    try:
-        yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
+        raise OSError(
             f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives "
             f"({reason})"
         ) from None
@@ -395,7 +326,7 @@ def load_trainer(run, policy, optimizer):
     """Puts the weights and optimizer state of a run's newest checkpoint back, on any number of
     ranks; one that can't be read is named, and the one before it is used.
 
-    -> its step; 0 where the run has none. InputError where none can be read.
+    -> its step; 0 where the run has none. OSError where none can be read.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -418,5 +349,5 @@ def load_trainer(run, policy, optimizer):
         )
         return state["step"]
     if saved:
-        raise InputError(f"--resume: no checkpoint in {run} can be read; start in another folder")
+        raise OSError(f"--resume: no checkpoint in {run} can be read; start in another folder")
     return 0

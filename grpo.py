@@ -20,6 +20,7 @@ D head size.
 """
 
 from collections import Counter
+from os.path import commonprefix  # of lists as well
 from types import MethodType
 
 import torch
@@ -53,15 +54,13 @@ def group_advantages(rewards, scale="none", eps=1e-6):
     return advantages
 
 
-def token_weights(lengths, aggregate, document=None, count=None):
+def token_weights(lengths, aggregate, document=None):
     """The share of every response token in the loss, (sum(lengths),), for turns of these lengths.
 
     aggregate:
       "sequence"  eq. 4: the mean over a turn's tokens, over its document's turns, over documents.
                   document: one hashable per turn; without it all turns are of one document.
       "token"     the mean over all tokens (MemAgent, DAPO).
-      "constant"  1 / (turns * count): a token weighs the same in long and short responses
-                  (Dr. GRPO); count: the response limit.
 
     Compute it once over an update's turns of all ranks: the gradient then depends neither on
     packing nor on the number of GPUs.
@@ -77,10 +76,8 @@ def token_weights(lengths, aggregate, document=None, count=None):
             weights.append(1 / (len(turns) * turns[name] * length))
     elif aggregate == "token":
         weights = [1 / max(sum(lengths), 1)] * len(lengths)
-    elif aggregate == "constant":
-        weights = [1 / (len(lengths) * count)] * len(lengths) if lengths else []
     else:
-        raise ValueError(f"aggregate is {aggregate!r}: use sequence, token or constant")
+        raise ValueError(f"aggregate is {aggregate!r}: use sequence or token")
     lengths = torch.as_tensor(lengths, dtype=torch.long)
     return torch.tensor(weights).repeat_interleave(lengths)
 
@@ -96,7 +93,6 @@ def policy_loss(
     *,
     clip_low=0.2,
     clip_high=0.2,
-    dual_clip=None,
     ref_logps=None,
     kl_coef=0.0,
 ):
@@ -104,7 +100,6 @@ def policy_loss(
 
     All tensors are (N,). With one update a rollout, old_logps are logps detached: the ratio is 1,
     the clip rests, and the gradient is the plain policy gradient.
-    dual_clip c bounds the loss of tokens with a negative advantage at -A * c.
     k3 = exp(d) - d - 1 with d = ref - policy log-prob: an unbiased estimate of
     KL(policy || reference) on the policy's samples, not multiplied by the ratio (MemAgent's code).
     -> (loss, metrics): metrics are means over the N tokens, detached.
@@ -113,8 +108,6 @@ def policy_loss(
     ratio = torch.exp((logps - old_logps).clamp(-20, 20))
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.min(ratio * advantages, clipped * advantages)
-    if dual_clip:
-        loss = torch.where(advantages < 0, torch.min(loss, -advantages * dual_clip), loss)
     clipped_high = (ratio > 1 + clip_high) & (advantages > 0)
     clipped_low = (ratio < 1 - clip_low) & (advantages < 0)
     metrics = {
@@ -154,7 +147,7 @@ def shared_prefixes(prompts):
         prompt = prompts[i]
         if groups:
             length, members = groups[-1]
-            common = common_prefix(prompts[members[0]][:length], prompt[:-1])
+            common = len(commonprefix([prompts[members[0]][:length], prompt[:-1]]))
             # a shorter prefix costs each member but the first the difference; one more saves it
             saves = common >= (len(members) - 1) * (length - common)
             if common and saves and 2 * common >= len(prompt) - 1:
@@ -162,22 +155,6 @@ def shared_prefixes(prompts):
                 continue
         groups.append((len(prompt) - 1, [i]))
     return groups
-
-
-def common_prefix(a, b):
-    """How many tokens a and b begin with in common.
-
-    >>> common_prefix([1, 2, 3], [1, 2, 4])
-    2
-    """
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # bisection: comparing lists is faster than looking at every token
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def pack(prompts, responses, tokens_per_forward):

@@ -6,8 +6,8 @@ needs the standard library alone: copy this file as it is.
     python rewards.py            runs the examples below and prints a few rewards
 
 Differences from the neighbours:
-  1. A gold or an answer that normalises to nothing is compared as it stands ("squad"). Under the
-     plain SQuAD rule "" would equal "the", and in MemAgent's two-directional match an empty answer
+  1. A gold or an answer that normalises to nothing is compared as it stands. Under the plain
+     SQuAD rule "" would equal "the", and in MemAgent's two-directional match an empty answer
      would be inside every gold.
   2. No format reward anywhere: MEM1's was reported to hurt.
 """
@@ -64,49 +64,17 @@ def _comparable(text):
     return normalize_answer(text) or " ".join(text.lower().split())
 
 
-# what stands in the way of comparing mathematics: pattern, what it becomes; in this order
-_LATEX = [
-    (r"\\[!,;: ]|\\left\b|\\right\b", ""),  # spacing and sizes
-    (r"\\?[$%]|\^\{?\\circ\}?", ""),  # dollars, percents, degrees
-    (r"\\(?:text|mbox)\{ [^{}]*\}\s*$", ""),  # a unit at the end
-    (r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1"),
-    (r"\\[td]frac", r"\\frac"),
-    (r"(?<![\d.])\.(?=\d)", "0."),  # .5
-    (r"^\s*\w{1,2}\s*=", ""),  # x = 5
-    (r"\s+", ""),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-    (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
-    (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
-]
-
-
-def math_form(text):
-    r"""MATH's kind of normal form: lower case, no blanks at all, one way to write LaTeX. Articles
-    and punctuation stay.
-
-    >>> math_form("New  York"), math_form("The Nile."), math_form(r"x = \dfrac12")
-    ('newyork', 'thenile.', '\\frac{1}{2}')
-    """
-    text = text.lower()
-    for pattern, plain in _LATEX:
-        text = re.sub(pattern, plain, text)
-    return text
-
-
-def _best(score, prediction, golds, form=_comparable):
+def _best(score, prediction, golds):
     """The best score over the golds; 0 for no prediction, a blank one, or no golds."""
-    prediction = form(prediction or "")
+    prediction = _comparable(prediction or "")
     golds = [golds] if isinstance(golds, str) else golds
-    golds = [gold for gold in map(form, golds) if gold]
+    golds = [gold for gold in map(_comparable, golds) if gold]
     if not prediction or not golds:
         return 0.0
     return max(float(score(prediction, gold)) for gold in golds)
 
 
-MATCHES = {"squad": _comparable, "math": math_form}  # forms in which equal answers are equal
-
-
-def exact_match(prediction, golds, match="squad"):
+def exact_match(prediction, golds):
     """1.0 where the prediction equals any gold in normal form (EM of eq. 1 and 2).
 
     >>> exact_match("the Eiffel Tower", ["Eiffel tower."]), exact_match("Eiffel", ["Eiffel tower"])
@@ -114,7 +82,7 @@ def exact_match(prediction, golds, match="squad"):
     >>> exact_match(None, ["x"]), exact_match("", ["the"]), exact_match("The The", ["the the"])
     (0.0, 0.0, 1.0)
     """
-    return _best(lambda answer, gold: answer == gold, prediction, golds, MATCHES[match])
+    return _best(lambda answer, gold: answer == gold, prediction, golds)
 
 
 def sub_exact_match(prediction, golds):
@@ -166,29 +134,16 @@ def split_answers(text, n):
     return answers + [None] * (n - len(answers))
 
 
-def boxed_answer(text, match="squad"):
-    r"""The answer that a response is rewarded for: its last box; "math" looks for it in the last
-    300 characters.
-
-    >>> text = r"\boxed{Rome}" + 300 * "."
-    >>> boxed_answer(text), boxed_answer(text, "math")
-    ('Rome', None)
-    """
-    return extract_boxed(text[-300:] if match == "math" else text)
-
-
-def answer_reward(answer, golds, match="squad"):
+def answer_reward(answer, golds):
     """What an answer earns, in all tasks: R_I of a recall (eq. 1), the first part of R_E (eq. 2), a
-    question's reward in post-training. match: "math" compares as the released code does.
+    question's reward in post-training.
 
     Another reward goes here, and here only: what is reported stays exact match.
 
-    >>> answer_reward("the Nile", ["Nile"]), answer_reward("the Nile", ["Nile"], "math")
+    >>> answer_reward("the Nile", ["Nile"]), answer_reward(None, ["Nile"])
     (1.0, 0.0)
-    >>> answer_reward("New York", ["NewYork"]), answer_reward("New York", ["NewYork"], "math")
-    (0.0, 1.0)
     """
-    return exact_match(answer, golds, match)
+    return exact_match(answer, golds)
 
 
 def end_to_end_reward(correct, recall_rewards, weight=0.5, objective="full"):

@@ -21,8 +21,11 @@ Differences from the papers:
 Letters in shapes: B rows, N columns, V vocabulary.
 """
 
+import bisect
+import contextlib
 import hashlib
 import re
+from os.path import commonprefix  # of lists as well
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +34,15 @@ import torch
 # -------------------------------------------------------------------------------------- prompts
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
-FIELDS = re.compile(r"\{(\w+)\}")
+FIELD = re.compile(r"(?<!\w)\{(\w+)\}")  # of a template; behind a letter braces are text
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
+THOUGHTS = {  # how models open a thought, and what ends it
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+    "<|channel|>analysis": "<|channel|>final<|message|>",  # harmony: all but the final channel
+}
 NO_MEMORY = "No previous memory"
 PAD = 0  # any id: padding is masked wherever it stands
 PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
@@ -86,31 +96,33 @@ TEMPLATES = {
 }
 
 
-def cleaner(tokenizer):
+def structure_of(tokenizer):
+    """The spellings that must not be forged: tags of ours, special tokens and added ones that look
+    like structure (`<|im_end|>`, `</think>`). Added words ("Rome") and a pad token "0" are text."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    spellings = {token for token in special if re.search(r"[^\w\s]", token)}
+    spellings |= {token for token in map(str, added) if re.fullmatch(r"[<\[{].+[>\]}]", token)}
+    for tag in TAGS:
+        spellings |= {f"<{tag}>", f"</{tag}>"}
+    return spellings - {"[MASK]", "[TARGET]"}
+
+
+def cleaner(structure):
     """A function text -> text of the same length in which nothing can pass for structure.
 
-    Every token that the tokenizer recognises by its spelling (`<|im_end|>`, `</think>`) and every
-    tag of ours loses its first character to a look-alike; lone surrogates, which no tokenizer
-    takes, become U+FFFD. The length stays, so that character spans stay valid.
+    Every spelling in `structure` loses its first character to a look-alike; lone surrogates, which
+    no tokenizer takes, become U+FFFD. The length stays, so that character spans stay valid.
     (`split_special_tokens` would miss added tokens that are not 'special'.)
 
-    >>> from types import SimpleNamespace
-    >>> added = dict(all_special_tokens=["<|im_end|>"], get_added_vocab=lambda: {"</think>": 7})
-    >>> clean = cleaner(SimpleNamespace(**added))
+    >>> clean = cleaner({"<|im_end|>", "</memory>", "</think>"})
     >>> clean("a<|im_end|> <b> </memory> [MASK] </think>")
     'a‹|im_end|> <b> ‹/memory> [MASK] ‹/think>'
     """
-    # all that must not be forged
-    structure = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    for tag in TAGS:
-        structure |= {f"<{tag}>", f"</{tag}>"}
-    structure -= {"[MASK]", "[TARGET]"}
-
     # the first character of each, where the rest follows
     patterns = ["[\ud800-\udfff]"]
     for token in sorted(structure):
-        if token.strip():
-            patterns.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
+        patterns.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
     forged = re.compile("|".join(patterns))
 
     def look_alike(match):
@@ -119,29 +131,65 @@ def cleaner(tokenizer):
     return lambda text: forged.sub(look_alike, text)
 
 
+def render(tokenizer, text, reply=None):
+    """A user's message in the tokenizer's chat template: as text, thinking off where it can be.
+    reply: what the assistant answers; without it the prompt for an answer stands at the end.
+
+    ValueError where the template fails, or does not show the message as it is, once.
+    """
+    import jinja2
+
+    trouble = "it does not show the user's message"
+    # some templates want a message's content in parts
+    for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+        messages = [{"role": "user", "content": wrap(text)}]
+        if reply is not None:
+            messages.append({"role": "assistant", "content": wrap(reply)})
+        try:
+            chat = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=reply is None, enable_thinking=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            trouble = f"it fails: {' '.join(str(error).split())[:200]}"
+            continue
+        if chat.count(text.strip()) == 1:
+            return chat
+    raise ValueError(f"the tokenizer's chat template can't be used ({trouble}): mend the template")
+
+
+def check_texts(texts):
+    """ValueError where other wordings {name: text} are not of our templates, or of other fields."""
+    for name, text in texts.items():
+        if name not in TEMPLATES:
+            raise ValueError(f"there is no template {name!r}: known are {', '.join(TEMPLATES)}")
+        found, filled = set(FIELD.findall(text)), set(FIELD.findall(TEMPLATES[name]))
+        if found != filled:
+            raise ValueError(
+                f"template {name!r} has the fields {sorted(found)}, but what is filled is "
+                f"{sorted(filled)}: name each of these in braces, and no others"
+            )
+
+
 class Template:
     """A one-message conversation with fields: `template(memory=ids, section=ids)` -> token ids.
 
-    The text goes through the tokenizer's chat template once (thinking off, where it has a switch),
-    is cut at its fields, and the literal pieces are tokenised once; what fills the fields is
-    spliced in as ids. `len()` counts the literal ids.
+    The text goes through the tokenizer's chat template once, is cut at its fields, and the literal
+    pieces are tokenised once; what fills the fields is spliced in as ids. `len()` counts the
+    literal ids. A field is a word in braces; behind a letter braces are text (`\\boxed{answer}`).
     """
 
     def __init__(self, tokenizer, text):
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: use an instruction-tuned model, "
-                "or set tokenizer.chat_template"
-            )
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        pieces = FIELDS.split(text)  # literal, field, literal, field, .., literal
+        # markers for the fields: other braces of the chat template (a system prompt's) are text
+        pieces = FIELD.split(text)  # literal, field, literal, field, .., literal
         self.fields = pieces[1::2]
+        markers = [f"(field-{number}-{name})" for number, name in enumerate(self.fields)]
+        pieces[1::2] = markers
+        rest = self.chat = render(tokenizer, "".join(pieces))
+
         self.literals = []
-        for piece in pieces[::2]:
-            self.literals.append(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        for marker in [*markers, None]:
+            literal, _, rest = rest.partition(marker) if marker else (rest, "", "")
+            self.literals.append(tokenizer(literal, add_special_tokens=False)["input_ids"])
 
     def __call__(self, **fields):
         ids = list(self.literals[0])
@@ -157,73 +205,86 @@ class Template:
 class Prompts:
     """All that stands between text and token ids, for one tokenizer.
 
-    update, answer, recall, whole, closed_book, search: `Template`s, of TEMPLATES unless `texts`
-    gives others; problem: ids of MemTrain's fixed question; clean: see `cleaner`;
-    order: "memory_first" (the papers') or "chunk_first".
+    Every name of TEMPLATES is a `Template` here: prompts.update, prompts.answer, ..; `texts` gives
+    other wordings, with the same fields. problem: ids of MemTrain's fixed question; clean: see
+    `cleaner`; order: "memory_first" (the papers') or "chunk_first".
+    ends: ids that end a response. thinks: how the thought begins that every prompt opens, or None.
     """
 
     def __init__(self, tokenizer, texts=None, problem=PROBLEM, order="memory_first"):
+        check_texts(texts or {})
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token")
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template: use an instruction-tuned model, "
+                "or set tokenizer.chat_template"
+            )
         self.tokenizer = tokenizer
-        self.clean = cleaner(tokenizer)
+        structure = structure_of(tokenizer)
+        self.clean = cleaner(structure)
         swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
-        templates = {}
         for name, text in (TEMPLATES | (texts or {})).items():
             if order == "chunk_first":
                 text = swap.sub(r"\3\2\1", text)
-            templates[name] = Template(tokenizer, text)
-        self.update, self.answer = templates["update"], templates["answer"]
-        self.recall, self.search = templates["recall"], templates["search"]
-        self.whole, self.closed_book = templates["whole"], templates["closed_book"]
+            setattr(self, name, Template(tokenizer, text))
         self.problem = self.encode(problem)
         self.no_memory = self.encode(NO_MEMORY)
         self.information = []  # what stands before and after search results
         for tag in ("\n<information>\n", "\n</information>"):
             self.information.append(tokenizer(tag, add_special_tokens=False)["input_ids"])
 
-        # all_special_ids lacks special tokens without a role (Llama's headers)
-        self.special_ids = set(tokenizer.all_special_ids)
+        # what is no text of a response: all_special_ids lacks special tokens without a role
+        self.special_ids = {tokenizer.eos_token_id}
         for token_id, token in tokenizer.added_tokens_decoder.items():
-            if token.special:
+            if token.special and str(token) in structure:
                 self.special_ids.add(token_id)
+
+        # a response ends as the chat template ends what an assistant says
+        self.ends = {tokenizer.eos_token_id}
+        with contextlib.suppress(ValueError):  # one that shows no assistant says nothing of it
+            _, _, after = render(tokenizer, "(question)", reply="(reply)").partition("(reply)")
+            after = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+            self.ends |= self.special_ids.intersection(after[:1])
+
+        # a thought that the prompt opens, or that is in the nature of the template
+        self.thinks = None
+        for start in THOUGHTS:
+            if self.answer.chat.rstrip().endswith(start):
+                self.thinks = start
 
     def encode(self, text):
         """Token ids of any text, made safe first."""
         return self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
 
-    def text(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
     def plain(self, ids):
         """A response less its end token and whatever else is special: what may be spliced in."""
         return [i for i in ids if i not in self.special_ids]
+
+    def text(self, ids):
+        return self.tokenizer.decode(self.plain(ids))
+
+    def spoken(self, ids):
+        """The ids of a response behind its thought, if it has one; None where that never ends."""
+        said = self.tokenizer.decode(ids)
+        for start, end in THOUGHTS.items():
+            ends = said.count(end)
+            if ends:
+                return ids[self.shortest(ids, lambda part: part.count(end) == ends) :]
+            if start in said or start == self.thinks:
+                return None
+        return ids
 
     def closed(self, ids):
         """How many ids complete the first closing tag of a search or an answer; None without."""
         if not CLOSED.search(self.text(ids)):
             return None
-        low, high = 1, len(ids)
-        while low < high:  # bisection: more ids never open what was closed
-            middle = (low + high) // 2
-            if CLOSED.search(self.text(ids[:middle])):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        return self.shortest(ids, lambda said: CLOSED.search(said) is not None)
 
-    def longest(self, problem, chunk_tokens, memory_tokens, answer_tokens):
-        """Tokens of the longest prompt and response that a Reader or a Recaller can come to."""
-        memory = max(memory_tokens, len(self.no_memory))
-        update = len(self.update) + len(problem) + memory + chunk_tokens + memory_tokens
-        answer = len(self.answer) + len(problem) + memory + answer_tokens
-        recall = len(self.recall) + memory + chunk_tokens + answer_tokens
-        return max(update, answer, recall)
-
-    def longest_search(self, problem, answer_tokens, result_tokens):
-        """The same for a Searcher, which sees its last response and the results."""
-        shown = answer_tokens + result_tokens + sum(map(len, self.information))
-        return len(self.search) + len(problem) + shown + len(self.encode("99")) + answer_tokens
+    def shortest(self, ids, holds):
+        """How many ids it takes until their text `holds`, which more ids never undo."""
+        lengths = range(len(ids))
+        return bisect.bisect_left(lengths, True, key=lambda n: holds(self.tokenizer.decode(ids[:n])))
 
 
 # --------------------------------------------------------------------------------------- agents
@@ -251,11 +312,14 @@ class Agent:
 
     key: a tuple that is the whole identity of its noise: (step, document, trajectory, ..), where
     document is the number of the row within its step.
-    turns: what it has done, a `Turn` each, filled by `rollout`.
+    turns: what it has done, a `Turn` each, filled by `rollout`: `receive` finds the new one there.
     query: a text to search for before the next turn, whose results go to `inform(passages)`.
+    stop: None, or a method response_ids -> how many of them make a whole response although no end
+    token came, None while there is none.
     """
 
     query = None
+    stop = None
 
     def __init__(self, key):
         self.key = tuple(key)
@@ -269,17 +333,13 @@ class Agent:
         """Takes the response to the last prompt."""
         raise NotImplementedError
 
-    def stop(self, response_ids):
-        """How many ids make a whole response although no end token came; None: all of them."""
-        return None
-
-
 class Reader(Agent):
     """Reads chunk after chunk into a memory, then answers from the memory alone.
 
     MemTrain's end-to-end task (sections 3.1, 3.3) and MemAgent's long-text QA are this loop.
     problem: ids; chunks: list of ids. memories[t] is the memory after turn t, memories[0] the
-    empty one. `answer` is the text of the last response, None before.
+    empty one. `answer` is the text of the last response, None before. A thought is neither memory
+    nor answer; one that never ends leaves the memory as it was.
     """
 
     def __init__(self, prompts, problem, chunks, memory_tokens, answer_tokens, key):
@@ -299,10 +359,13 @@ class Reader(Agent):
         return None
 
     def receive(self, response_ids):
-        if len(self.memories) <= len(self.chunks):
-            self.memories.append(self.prompts.plain(response_ids))  # all of it is the memory
+        spoken = self.prompts.spoken(response_ids)
+        if len(self.memories) > len(self.chunks):
+            self.answer = self.prompts.text(spoken or [])
+        elif spoken is None:
+            self.memories.append(self.memories[-1])
         else:
-            self.answer = self.prompts.text(response_ids)
+            self.memories.append(self.prompts.plain(spoken))  # all of it is the memory
 
 
 class Asker(Agent):
@@ -317,7 +380,7 @@ class Asker(Agent):
         return (self.ids, self.answer_tokens) if self.answer is None else None
 
     def receive(self, response_ids):
-        self.answer = self.prompts.text(response_ids)
+        self.answer = self.prompts.text(self.prompts.spoken(response_ids) or [])
 
 
 class Recaller(Asker):
@@ -382,7 +445,8 @@ class Searcher(Agent):
 def rollout(agents, sampler, search=None):
     """Runs all agents to their end, each turn of all of them in one call; fills `agent.turns`.
 
-    sampler: (prompts, limits, keys) -> list of `Response`, a key being the agent's and its turn.
+    sampler: (prompts, limits, keys) -> list of `Response`, a key being the agent's and its turn;
+    where agents have a `stop`, it gets those too, as `stops`.
     search: list of queries -> list of lists of passages.
     ValueError where two agents have the same key, and so would draw the same noise.
     """
@@ -399,11 +463,13 @@ def rollout(agents, sampler, search=None):
         prompts = [ids for _, ids, _ in waiting]
         limits = [limit for _, _, limit in waiting]
         keys = [(*agent.key, len(agent.turns)) for agent, _, _ in waiting]
-        responses = sampler(prompts, limits, keys)
+        stops = [agent.stop for agent, _, _ in waiting]
+        ends = {"stops": stops} if any(stops) else {}
+        responses = sampler(prompts, limits, keys, **ends)
 
         # hand the responses back, and record what was seen and written
         for (agent, prompt, _), response in zip(waiting, responses, strict=True):
-            end = agent.stop(response.ids)
+            end = agent.stop(response.ids) if agent.stop else None
             ids, truncated = response.ids[:end], response.truncated and end is None
             agent.turns.append(Turn(prompt, ids, truncated, response.logps[:end]))
             agent.receive(ids)
@@ -469,7 +535,7 @@ def shared_prefixes(prompts):
         prompt = prompts[i]
         if groups:
             length, members = groups[-1]
-            common = common_prefix(prompts[members[0]][:length], prompt[:-1])
+            common = len(commonprefix([prompts[members[0]][:length], prompt[:-1]]))
             # a shorter prefix costs each member but the first the difference; one more saves it
             saves = common >= (len(members) - 1) * (length - common)
             if common and saves and 2 * common >= len(prompt) - 1:
@@ -479,20 +545,21 @@ def shared_prefixes(prompts):
     return groups
 
 
-def common_prefix(a, b):
-    """How many tokens a and b begin with in common.
+def context_of(model):
+    """The tokens of a model's window, within which what it computes of a token stays the same.
 
-    >>> common_prefix([1, 2, 3], [1, 2, 4])
-    2
+    RoPE that depends on the length of the batch (longrope, dynamic) holds up to its original one:
+    beyond it, what rollout and training compute would differ. YaRN's factor counts.
     """
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # bisection: comparing lists is faster than looking at every token
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 2**62  # state-space models
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or context
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return min(original, context)
+    if rope.get("rope_type") == "yarn":
+        return max(context, int(rope["factor"] * original))
+    return context
 
 
 class Sampler:
@@ -503,49 +570,50 @@ class Sampler:
     after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
 
     model: a causal language model. seed: part of all noise, with the keys given in every call.
-    stop: None, or ids -> how many of them make a whole response that needs no end token (None
-    while there is none), so that such rows leave at once.
+    stops: of every prompt None, or its agent's `stop`: such a row leaves once that is satisfied.
     share: False for a model with other than plain full attention in every layer (state-space
     layers, sliding windows, soft caps): every batch is then one plain `generate`.
-    compile: whether a GPU decodes with kernels that torch.compile makes: a minute at the start,
-    then fewer launches a token. Without CUDA graphs: those remember where the weights lie, and
-    sharded ones are gathered somewhere else in every step; and every size of a batch would take a
-    graph of its own, where two or three programs with dynamic shapes do for all.
+    ValueError where a prompt and its limit outgrow the model's context.
     """
 
     def __init__(
         self, model, end_ids, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32,
-        seed=0, stop=None, share=True, compile=False,
+        seed=0, share=True,
     ):  # fmt: skip
         self.model, self.end_ids = model, sorted(end_ids)
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
-        self.compile = compile
+        self.kv_tokens, self.segment, self.share = kv_tokens, segment, share
+        self.context = context_of(model)
 
     @torch.no_grad()
-    def __call__(self, prompts, limits, keys):
-        from transformers import CompileConfig, GenerationConfig
+    def __call__(self, prompts, limits, keys, stops=None):
+        from transformers import GenerationConfig
+
+        longest = max(map(sum, zip(map(len, prompts), limits)), default=0)
+        if longest > self.context:
+            raise ValueError(
+                f"a prompt and its limit are {longest} tokens, the model's context {self.context}"
+            )
 
         # eval(): checkpointing and dropout spoil generation. The settings are the model's own
         # ones for now: what a config passed to `generate` leaves unset (top_k, repetition_penalty)
         # would be filled from those that came with the checkpoint.
         model, responses = self.model, [None] * len(prompts)
+        stops = stops or [None] * len(prompts)
         shipped, training = model.generation_config, model.training
         model.generation_config = GenerationConfig(
             eos_token_id=self.end_ids,
             pad_token_id=PAD,
-            # on CUDA a StaticCache would let `generate` compile, and into CUDA graphs, by itself
-            disable_compile=not self.compile,
+            # on CUDA a StaticCache would let `generate` compile by itself, into CUDA graphs, which
+            # remember where weights lie: sharded ones are gathered somewhere else in every step
+            disable_compile=True,
         )
-        if self.compile:
-            kernels = CompileConfig(mode="default", dynamic=True)
-            model.generation_config.compile_config = kernels
         model.eval()
         try:
             for batch in self._batches(prompts, limits):
                 rows = [i for _, members in batch for i in members]
                 noise = [uniform_noise((self.seed, *keys[i]), limits[i]) for i in rows]
-                for i, response in self._sample(batch, rows, prompts, limits, noise):
+                for i, response in self._sample(batch, rows, prompts, limits, stops, noise):
                     responses[i] = response
         finally:
             model.generation_config = shipped
@@ -602,8 +670,7 @@ class Sampler:
         if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
             piece = max(PREFILL // prefix_ids.numel(), 1)
-            settings = dict(prefill_chunk_size=piece, disable_compile=True)
-            self._generate(prefix_ids, prefix_mask, once, 1, **settings)
+            self._generate(prefix_ids, prefix_mask, once, 1, prefill_chunk_size=piece)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])
@@ -624,7 +691,7 @@ class Sampler:
             **settings,
         )
 
-    def _sample(self, batch, rows, prompts, limits, noise):
+    def _sample(self, batch, rows, prompts, limits, stops, noise):
         """Yields (row, Response) as the rows of a batch finish."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -654,29 +721,29 @@ class Sampler:
             logps = torch.cat([logps, torch.stack(draw.logps, 1)], 1)  # (B, new tokens)
 
             # hand out what is complete
-            going_on = []
+            unfinished = []
             for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
-                response = self._response(new, limits[i])
+                response = self._response(new, limits[i], stops[i])
                 if response is None:
-                    going_on.append(row)
+                    unfinished.append(row)
                 else:
                     response_logps = logps[row, : len(response.ids)].tolist()
                     yield i, response._replace(logps=response_logps)
 
-            # let the others go on alone
-            if len(going_on) < len(rows):
-                keep = torch.tensor(going_on, dtype=torch.long, device=ids.device)
-                for layer in cache.layers if cache and going_on else []:
+            # the others continue alone
+            if len(unfinished) < len(rows):
+                keep = torch.tensor(unfinished, dtype=torch.long, device=ids.device)
+                for layer in cache.layers if cache and unfinished else []:
                     layer.keys, layer.values = layer.keys[keep], layer.values[keep]
                 ids, mask, logps = ids[keep], mask[keep], logps[keep]
                 uniform = None if uniform is None else uniform[keep]
-                rows = [rows[row] for row in going_on]
+                rows = [rows[row] for row in unfinished]
 
-    def _response(self, new, limit):
+    def _response(self, new, limit, stop):
         """The response that a row's new ids hold, None while it goes on."""
         ends = [n for n, token in enumerate(new[:limit], 1) if token in self.end_ids]
         ids = new[: ends[0] if ends else limit]
-        stopped = self.stop(ids) if self.stop else None
+        stopped = stop(ids) if stop else None
         if stopped or ends or len(new) >= limit:
             return Response(ids[:stopped], truncated=not (stopped or ends))
         return None

@@ -8,6 +8,9 @@ sampled. Nothing is ever decoded and encoded again.
 
     python rollout.py            a demo on a random model, offline in seconds
 
+It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transformers 5.17 to 5.23;
+with older ones it refuses to run).
+
 Differences from the papers:
   1. The wording of the prompts is ours, and the final answer's prompt holds no section (the text of
      MemTrain says so; its printed template still shows one).
@@ -283,8 +286,11 @@ class Prompts:
 
     def shortest(self, ids, holds):
         """How many ids it takes until their text `holds`, which more ids never undo."""
-        lengths = range(len(ids))
-        return bisect.bisect_left(lengths, True, key=lambda n: holds(self.tokenizer.decode(ids[:n])))
+
+        def held(length):
+            return holds(self.tokenizer.decode(ids[:length]))
+
+        return bisect.bisect_left(range(len(ids)), True, key=held)
 
 
 # --------------------------------------------------------------------------------------- agents
@@ -585,6 +591,12 @@ class Sampler:
         self.kv_tokens, self.segment, self.share = kv_tokens, segment, share
         self.context = context_of(model)
 
+        # older versions read shared prefixes wrongly, and say nothing
+        import transformers
+
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+            raise ImportError(f"transformers {transformers.__version__}: 5.17 or later is needed")
+
     @torch.no_grad()
     def __call__(self, prompts, limits, keys, stops=None):
         from transformers import GenerationConfig
@@ -779,8 +791,8 @@ def demo():
     alone = [sampler([prompt], [20], [key])[0] for prompt, key in zip(prompts, keys)]
     for response in together:
         print(*response.ids)
-    same = [response.ids for response in together] == [response.ids for response in alone]
-    print("the same, one by one:", same)
+    assert [response.ids for response in together] == [response.ids for response in alone]
+    print("the same as one by one")
 
 
 if __name__ == "__main__":

@@ -187,11 +187,13 @@ def train(cfg, device):
         # log, evaluate
         metrics = {"step": step + 1, **step_metrics(groups, totals)}
         metrics |= {"grad": max(norms) if finite else None, "skipped": skipped, "lr": lr}
-        metrics |= speed_metrics(groups, sequences, rolled_out - started, time.time() - rolled_out)
-        metrics |= {"memory_gb": memory_gb(device)}
+        seconds = rolled_out - started, time.time() - rolled_out
+        metrics |= cost_metrics(groups, sequences, *seconds, device)
         last = step + 1 == cfg.steps
         if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             metrics["heldout"] = evaluate(policy, heldout)
+        if metrics.get("unread") and step == done and leader:
+            tqdm.write(f"note: --max_chunks leaves {metrics['unread']:.0%} of the texts unread")
         bar.update()
         shown = list(mine)[:TRANSCRIPTS] if leader else []
         log(cfg, metrics, [transcript(setup, groups, step + 1, n, mine[n]) for n in shown])
@@ -210,13 +212,6 @@ def train(cfg, device):
     bar.close()
     if leader:
         print_before_and_after(cfg)
-
-
-def shuffle_rewards(cfg, groups, step):
-    """The control: the same rewards, each for another member of its group."""
-    for group in groups:
-        rng = random.Random(f"shuffle {cfg.seed} {step} {group.document}")
-        rng.shuffle(group.rewards)
 
 
 # ----------------------------------------------------------------------------------------- tasks
@@ -416,41 +411,12 @@ def training_sequences(cfg, groups):
 
 def updates_of(cfg, sequences):
     """Divides a rollout's sequences into those of its updates, `documents_per_update` each, and
-    deals every update's over the ranks. -> list of this rank's lists"""
+    balances each over the ranks. -> list of this rank's lists"""
     updates = []
     for first in range(0, cfg.documents_per_step, cfg.documents_per_update):
         documents = range(first, first + cfg.documents_per_update)
-        updates.append(deal([s for s in sequences if s.document in documents]))
+        updates.append(balance([s for s in sequences if s.document in documents]))
     return updates
-
-
-def deal(sequences):
-    """Evens out the ranks' tokens, which the filter left uneven: what a rank has above the mean
-    goes to those that have least. Sequences with a common prefix stay together."""
-    prompts = [s.turn.prompt_ids for s in sequences]
-    responses = [s.turn.response_ids for s in sequences]
-    units = [unit for _, unit in grpo.shared_prefixes(prompts)]
-    sized = [(grpo.row_tokens(prompts, responses, unit), unit) for unit in units]
-    fair = sum(all_gather(sum(tokens for tokens, _ in sized))) / distributed.world_size()
-
-    # keep a fair share, the largest units first
-    mine, load, spare = [], 0, []
-    for tokens, unit in sorted(sized, key=lambda unit: -unit[0]):
-        if load + tokens <= fair:
-            mine += [sequences[i] for i in unit]
-            load += tokens
-        else:
-            spare.append((tokens, [sequences[i] for i in unit]))
-
-    # what is left goes, the largest first, to the rank that has least
-    loads = all_gather(load)
-    spares = sum(all_gather(spare), [])
-    for tokens, unit in sorted(spares, key=lambda unit: -unit[0]):
-        rank = loads.index(min(loads))
-        loads[rank] += tokens
-        if rank == distributed.rank():
-            mine += unit
-    return mine
 
 
 def add_weights(cfg, sequences):
@@ -551,23 +517,10 @@ def pack_loss(cfg, pack, logps, totals):
     return loss
 
 
-# ------------------------------------------------------- black boxes: called above by plain names
-# ----------------------------------------------------------------------------------- command line
+# =================================================================================================
+# Black boxes: called above by plain names
 
-
-def parse(argv=None):
-    """Command line -> the settings that it gives, {name: value}."""
-    parser = argparse.ArgumentParser(
-        usage="train.py [--flag value ..]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_flags(parser)
-    given = vars(parser.parse_args(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        given["resume"] = True  # torchrun --max-restarts started the ranks again
-    return given
+# --------------------------------------------------------------------------------------- settings
 
 
 def add_flags(parser, names=None):
@@ -587,59 +540,60 @@ def add_flags(parser, names=None):
         parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **kind)
 
 
-def open_run(given):
-    """Settings of a command line -> Config; of a run that is resumed, its own."""
-    given["out"] = given.get("out") or f"runs/{given.get('task', Config.task)}"
-    saved = Path(given["out"], "config.json")
-    if given.get("resume") and saved.exists():
-        begun = json.loads(saved.read_text())["config"]
-        if "model" in given:
-            given["model"] = distributed.checkpoint_path(given["model"])
-        for name, value in given.items():
-            if name not in RESUMED and begun.get(name) != value:
-                raise InputError(
-                    f"--resume: {given['out']} was begun with --{name} {begun.get(name)}, not "
-                    f"{value}: leave the flag out, or choose another folder"
-                )
-        return Config(**begun | given)
-    if os.path.exists(given["out"]) and os.listdir(given["out"]) and not given.get("resume"):
-        raise InputError(
-            f"--out {given['out']} holds a run already: add --resume to continue it, or choose "
-            "another folder"
-        )
-    return configure(given)
-
-
 # flags that may differ when a run is resumed: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps heldout eval_every eval_documents save_every".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
 
 
+def open_run(given):
+    """The flags that were given -> Config; of a run that is resumed, its own."""
+    out = given["out"] = given.get("out") or f"runs/{given.get('task', Config.task)}"
+    saved = Path(out, "config.json")
+    if not (given.get("resume") and saved.exists()):
+        if os.path.exists(out) and os.listdir(out) and not given.get("resume"):
+            another = "add --resume to continue it, or choose another folder"
+            raise InputError(f"--out {out} holds a run already: {another}")
+        return configure(given)
+
+    begun = json.loads(saved.read_text())["config"]
+    if "model" in given:
+        given["model"] = distributed.checkpoint_path(given["model"])
+    for name, value in given.items():
+        if name not in RESUMED and begun.get(name) != value:
+            raise InputError(
+                f"--resume: {out} was begun with --{name} {begun.get(name)}, not {value}: leave "
+                "the flag out, or choose another folder"
+            )
+    return Config(**begun | given)
+
+
 def configure(given):
-    """Explicit settings -> Config, filled up from the model's memtrain.json and the task."""
+    """Flags -> Config, filled up from the model's memtrain.json and the task. InputError where
+    settings don't go together."""
     cfg = Config(**{name: value for name, (value, _) in origins(given).items()})
-    if "documents_per_update" not in given:  # smaller steps than the paper's
+    if "documents_per_update" not in given:  # the task's may be more than a small step has
         cfg.documents_per_update = min(cfg.documents_per_update, cfg.documents_per_step)
     cfg.documents_per_update = cfg.documents_per_update or cfg.documents_per_step
+    problem = None
     if cfg.group < 2:
-        raise InputError(f"--group {cfg.group}: an advantage is a difference within a group of 2")
-    if cfg.objective != "e2e" and cfg.recalls < 2:
-        raise InputError(f"--recalls {cfg.recalls}: take at least 2 samples, or --objective e2e")
-    if not cfg.data:
-        raise InputError(f"--model {cfg.model} needs --data: folders of documents, or questions")
-    if cfg.temperature <= 0:
-        raise InputError(f"--temperature {cfg.temperature}: training samples, take more than 0")
-    if cfg.documents_per_step % cfg.documents_per_update:
-        raise InputError(
-            f"--documents_per_step {cfg.documents_per_step} is not a multiple of "
-            f"--documents_per_update {cfg.documents_per_update}"
-        )
+        problem = f"--group {cfg.group}: an advantage is a difference within a group of 2 or more"
+    elif cfg.objective != "e2e" and cfg.recalls < 2:
+        problem = f"--recalls {cfg.recalls}: take at least 2 samples, or --objective e2e"
+    elif not cfg.data:
+        problem = f"--model {cfg.model} needs --data: folders of documents, or questions"
+    elif cfg.temperature <= 0:
+        problem = f"--temperature {cfg.temperature}: training samples, take more than 0"
+    elif cfg.documents_per_step % cfg.documents_per_update:
+        problem = f"--documents_per_step {cfg.documents_per_step} is not a multiple of "
+        problem += f"--documents_per_update {cfg.documents_per_update}"
+    if problem:
+        raise InputError(problem)
     return cfg
 
 
 def origins(given):
-    """Where every setting that is not Config's own comes from: {name: (value, origin)}. Explicit
-    flags win over the model's memtrain.json, that over the paper's settings of the task."""
+    """Every setting that is not left to Config's defaults: {name: (value, where it comes from)}.
+    Flags win over the model's memtrain.json, that over the paper's settings of the task."""
     task = given.get("task", Config.task)
     model = distributed.checkpoint_path(given.get("model", Config.model))
     if model == Config.model and not os.path.exists(model):
@@ -748,21 +702,17 @@ def open_search(cfg):
 
 
 def check_context(setup, rows, lm):
-    """InputError where a prompt and its response could outgrow the model's context: instructions,
-    question, memory, chunk and response together, in tokens."""
+    """InputError where instructions, question, what is read and the response could come to more
+    tokens than the model's context holds."""
     cfg, prompts = setup.cfg, setup.prompts
     problems = [prompts.encode(text) if text else prompts.problem for text in questions_of(rows)]
-    question = max(map(len, problems), default=0)
-    memory = max(cfg.memory_tokens, len(prompts.no_memory))
-    if TASKS[cfg.task].reads == "searches":  # it sees its last response and the results
-        shown = cfg.answer_tokens + cfg.result_tokens + sum(map(len, prompts.information))
-        number = len(prompts.encode(str(cfg.turns)))
-        longest = len(prompts.search) + question + shown + number + cfg.answer_tokens
-    else:
-        update = len(prompts.update) + question + memory + cfg.chunk_tokens + cfg.memory_tokens
-        answer = len(prompts.answer) + question + memory + cfg.answer_tokens
-        recall = len(prompts.recall) + memory + cfg.chunk_tokens + cfg.answer_tokens
-        longest = max(update, answer, recall)
+    templates, read = (prompts.update, prompts.answer, prompts.recall), cfg.chunk_tokens
+    memory, response = cfg.memory_tokens, max(cfg.memory_tokens, cfg.answer_tokens)
+    if TASKS[cfg.task].reads == "searches":  # a Searcher sees its last response and the results
+        templates, read = (prompts.search,), cfg.result_tokens + sum(map(len, prompts.information))
+        memory, response = cfg.answer_tokens, cfg.answer_tokens
+    instructions = max(map(len, templates)) + max(map(len, problems), default=0)
+    longest = instructions + max(memory, len(prompts.no_memory)) + read + response
     if longest > context_of(lm):
         raise InputError(
             f"instructions, question, input and response can come to {longest} tokens, but the "
@@ -798,30 +748,21 @@ def load_training(cfg):
 def load_heldout(setup):
     """What is evaluated while training: [(setup of the task that answers, rows), ..].
 
-    The sources are the held-out part of --data, where it has one, and what --heldout names, of each
-    the first eval_documents. Questions and documents are answered by the task that trains, where it
-    reads them; else documents by memtrain and questions by longqa."""
-    cfg, rows_of_task = setup.cfg, {}
-    trains_on_documents = TASKS[cfg.task].reads == "documents"
-    sources = list(cfg.heldout)
-    if trains_on_documents:
-        sources = [*cfg.data, *(path for path in cfg.heldout if path not in cfg.data)]
-    for path in sources:
-        documents = data.holds_documents(path)
-        task = cfg.task
-        if documents != trains_on_documents:
+    Sources are what documents hold out, and --heldout; of each the first eval_documents. The task
+    that trains answers what it can read, else memtrain documents and longqa questions."""
+    cfg, rows_of = setup.cfg, {}
+    on_documents = TASKS[cfg.task].reads == "documents"
+    for path in dict.fromkeys([*cfg.data, *cfg.heldout] if on_documents else cfg.heldout):
+        documents, task = data.holds_documents(path), cfg.task
+        if documents != on_documents:
             task = "memtrain" if documents else "longqa"
         rows = load_rows(cfg, task, path, "heldout")
-        if documents and path in cfg.heldout and not len(rows):
+        if path in cfg.heldout and not len(rows):
             raise InputError(f"{path}: none held out (data.py build --heldout N)")
         few = [rows[i] for i in range(min(cfg.eval_documents, len(rows)))]
-        rows_of_task.setdefault(task, []).extend(few)
-
-    heldout = []
-    for task, rows in rows_of_task.items():
-        if rows:
-            heldout.append((setup._replace(cfg=dataclasses.replace(cfg, task=task)), rows))
-    return heldout
+        rows_of.setdefault(task, []).extend(few)
+    setups = {task: setup._replace(cfg=dataclasses.replace(cfg, task=task)) for task in rows_of}
+    return [(setups[task], rows) for task, rows in rows_of.items() if rows]
 
 
 def questions_of(rows):
@@ -836,14 +777,39 @@ def rows_of_step(cfg, rows, step):
     A function of (seed, step) alone; every epoch is another permutation."""
     mine = {}
     for document in range(distributed.rank(), cfg.documents_per_step, distributed.world_size()):
-        epoch, place = divmod(step * cfg.documents_per_step + document, len(rows))
-        mine[document] = rows[order_of_epoch(cfg.seed, epoch, len(rows))[place]]
+        epoch, number = divmod(step * cfg.documents_per_step + document, len(rows))
+        mine[document] = rows[order_of_epoch(cfg.seed, epoch, len(rows))[number]]
     return mine
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # a step may lie in two epochs
 def order_of_epoch(seed, epoch, count):
     return random.Random(f"order {seed} {epoch}").sample(range(count), count)
+
+
+def balance(sequences):
+    """Deals all ranks' sequences out anew, so that ranks have about equally many tokens to train:
+    the longest first, to the rank that has least. Those with a common prefix stay together."""
+    prompts = [s.turn.prompt_ids for s in sequences]
+    responses = [s.turn.response_ids for s in sequences]
+    units = []  # (tokens, sequences)
+    for _, unit in grpo.shared_prefixes(prompts):
+        tokens = grpo.row_tokens(prompts, responses, unit)
+        units.append((tokens, [sequences[i] for i in unit]))
+
+    loads, mine = [0] * distributed.world_size(), []
+    for tokens, unit in sorted(sum(all_gather(units), []), key=lambda unit: -unit[0]):
+        rank = loads.index(min(loads))
+        loads[rank] += tokens
+        mine += unit if rank == distributed.rank() else []
+    return mine
+
+
+def shuffle_rewards(cfg, groups, step):
+    """The control: the same rewards, each for another member of its group."""
+    for group in groups:
+        rng = random.Random(f"shuffle {cfg.seed} {step} {group.document}")
+        rng.shuffle(group.rewards)
 
 
 def unread(chunks):
@@ -908,7 +874,7 @@ KINDS = {"trajectory": "E2E", "recall": "recall", "questions": "QA"}
 
 
 def heldout_line(result):
-    """What a look at held-out rows found, in words."""
+    """What an evaluation of held-out rows found, in words."""
     parts = []
     for kind, (share, low, high, n) in result.items():
         parts.append(f"{KINDS[kind]} EM {share:.3f} [{low:.3f}, {high:.3f}] n={n}")
@@ -930,6 +896,7 @@ def step_metrics(groups, totals):
         "cut": [turn.truncated for turn in turns],
         "len": [len(turn.response_ids) for turn in turns],
         "turns": [len(agent.turns) for agent in agents],
+        "unread": [agent.unread for agent in agents if isinstance(agent, Reader)],
         "malformed": [agent.malformed for agent in searchers],
         "searches": [agent.searches for agent in searchers],
     }
@@ -948,15 +915,20 @@ def step_metrics(groups, totals):
     return means | ({"mismatch_max": largest} if "mismatch" in means else {})
 
 
-def speed_metrics(groups, sequences, rollout_s, update_s):
-    """Seconds, and tokens read, written and trained per second, over all ranks."""
+def cost_metrics(groups, sequences, rollout_s, update_s, device):
+    """Seconds; tokens read, written and trained per second, over all ranks; this one's memory."""
     turns = turns_of(groups) + [sequence.turn for sequence in sequences]
     tokens = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns)
     per_second = sum(all_gather(tokens)) / (rollout_s + update_s)
-    return {"rollout_s": rollout_s, "update_s": update_s, "tokens_per_s": per_second}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+    cost = {"rollout_s": rollout_s, "update_s": update_s, "tokens_per_s": per_second}
+    return cost | {"memory_gb": peak}
 
 
 def turns_of(groups):
+    """All turns of all agents."""
     return [turn for group in groups for agent in group.agents for turn in agent.turns]
 
 
@@ -964,18 +936,16 @@ def transcript(setup, groups, step, document, row):
     """A line of samples.jsonl: a document as its first trajectory read it, and what all earned.
 
     step: as in metrics.jsonl, from 1. id, question, golds: of the row of data.
-    document: the text as it was read, placeholders included; sections: [start, end] of each section
-    in it, in characters. Neither where the row has no text (searchqa): prompts has what turns saw.
-    turns: what the first trajectory wrote: its memory after every section, then its answer.
-    answers, exact_match, rewards, advantages: of all trajectories, the first one's first.
-    recalls: one of each trajectory: {"trajectory": its number, from 0; "k": the memory asked is the
-    one after turn k; "l": [TARGET] stands in section l (both from 1); "target": the hidden entity;
-    "prompt", and of all its samples "answers", "exact_match", "rewards", "advantages"}.
+    document: the text as it was read; sections: [start, end] of each section in it, in characters.
+    Neither where the row has no text (searchqa): prompts has what turns saw.
+    turns: what the first trajectory wrote. answers, exact_match, rewards, advantages: of all.
+    recalls: of trajectory i (from 0) the memory after turn k (from 1) was asked for the target that
+    [TARGET] hides in section l: {"trajectory", "k", "l", "target", "prompt", and of all its samples
+    "answers", "exact_match", "rewards", "advantages"}.
     """
-    cfg, prompts = setup.cfg, setup.prompts
-    mine = [group for group in groups if group.document == document]
-    (whole,) = [group for group in mine if group.kind == "trajectory"]
-    turns = whole.agents[0].turns
+    prompts, mine = setup.prompts, [group for group in groups if group.document == document]
+    (trajectories,) = [group for group in mine if group.kind == "trajectory"]
+    turns = trajectories.agents[0].turns
     record = {
         "step": step,
         "id": row["id"],
@@ -989,7 +959,7 @@ def transcript(setup, groups, step, document, row):
         record["document"] = text
         record["sections"] = [[chunk.start, chunk.end] for chunk in chunks_of(setup, text)]
     record["turns"] = [prompts.text(turn.response_ids) for turn in turns]
-    record |= results(cfg, whole)
+    record |= results(setup.cfg, trajectories)
 
     record["recalls"] = []
     for group in mine:
@@ -997,7 +967,7 @@ def transcript(setup, groups, step, document, row):
             asked, drawn = group.agents[0], group.drawn
             recall = {"trajectory": asked.key[2], "k": drawn.k, "l": drawn.l}
             recall |= {"target": drawn.target, "prompt": prompts.text(asked.ids)}
-            record["recalls"].append(recall | results(cfg, group))
+            record["recalls"].append(recall | results(setup.cfg, group))
     return record
 
 
@@ -1013,18 +983,16 @@ def results(cfg, group):
 
 def log_line(cfg, m):
     """The line that reads aloud."""
-    parts = [f"step {m['step']:04d}/{cfg.steps:04d}", f"R_E {m['R_E']:.2f}", f"em {m['em']:.2f}"]
-    if "imr" in m:
-        parts.append(f"imr {m['imr']:.2f}")
-    if "kl" in m:
-        parts.append(f"kl {m['kl']:.1e}")
-    parts.append(f"clip {m.get('clip_low', 0) + m.get('clip_high', 0):.1%}")
-    parts.append(f"flat groups {m['flat']:.0%} | cut {m['cut']:.0%} | len {m['len']:.0f}")
     grad = "not finite, update skipped" if m["grad"] is None else f"{m['grad']:.2f}"
-    parts.append(f"grad {grad}")
-    parts.append(f"rollout {m['rollout_s']:.1f}s | update {m['update_s']:.1f}s")
-    parts.append(f"{m['tokens_per_s'] / 1000:.1f}k tok/s | {m['memory_gb']:.1f} GB")
-    return " | ".join(parts)
+    imr = f"imr {m['imr']:.2f} | " if "imr" in m else ""
+    kl = f"kl {m['kl']:.1e} | " if "kl" in m else ""
+    clip = m.get("clip_low", 0) + m.get("clip_high", 0)
+    return (
+        f"step {m['step']:04d}/{cfg.steps:04d} | R_E {m['R_E']:.2f} | em {m['em']:.2f} | {imr}{kl}"
+        f"clip {clip:.1%} | flat groups {m['flat']:.0%} | cut {m['cut']:.0%} | len {m['len']:.0f}"
+        f" | grad {grad} | rollout {m['rollout_s']:.1f}s | update {m['update_s']:.1f}s | "
+        f"{m['tokens_per_s'] / 1000:.1f}k tok/s | {m['memory_gb']:.1f} GB"
+    )
 
 
 def log(cfg, metrics, transcripts=()):
@@ -1077,13 +1045,6 @@ def open_out(cfg, done):
         )
 
 
-def memory_gb(device):
-    """Peak memory of this process, of the GPU or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 # --------------------------------------------------------------------------------- end of the run
 
 
@@ -1102,8 +1063,8 @@ def save(cfg, policy, optimizer, tokenizer, step):
 
 
 def print_before_and_after(cfg):
-    looks = [line for line in read_metrics(cfg.out) if "heldout" in line]
-    for word, line in zip(("before", "after "), (looks[:1] + looks[-1:])):
+    evaluated = [line for line in read_metrics(cfg.out) if "heldout" in line]
+    for word, line in zip(("before", "after "), (evaluated[:1] + evaluated[-1:])):
         print(f"{word} (step {line['step']:4d}): {heldout_line(line['heldout'])}")
     print(f"checkpoint: {distributed.checkpoint_path(cfg.out)}")
 
@@ -1118,7 +1079,13 @@ def leave_after(stop, step):
 
 @distributed.one_line_errors(InputError)
 def main(argv=None):
-    given = parse(argv)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.usage = "train.py [--flag value ..]"
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        given["resume"] = True  # torchrun --max-restarts started the ranks again
     cfg = open_run(given)
     device = distributed.start_ranks()
     if distributed.rank() == 0:

@@ -87,11 +87,11 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def pocket_model(tmp_path_factory):
-    """The pocket world with an untrained model: the path of its model folder."""
-    import tiny
+    """The pocket world as `python tests/pocket.py` writes it: the path of its model folder."""
+    import pocket
 
-    folder = tmp_path_factory.mktemp("pocket") / "tiny"
-    tiny.make(str(folder), seed=0, steps=1)
+    folder = tmp_path_factory.mktemp("world") / "pocket"
+    pocket.make(str(folder))
     return str(folder / "model")
 
 

@@ -110,18 +110,14 @@ def text_of(row):
 
 
 @pytest.mark.parametrize("chunks", [3, 7, 64])
-def test_the_clues_of_a_document_leave_exactly_its_answer(chunks):
+def test_the_clues_of_a_document_stand_in_different_chunks_and_leave_exactly_its_answer(chunks):
     for row in pocket.documents(40, 3, chunks):
-        clues = {fact[1:] for fact in facts_of(row["text"]) if fact[0] == named(row)}
+        facts = facts_of(row["text"])
+        clues = {fact[1:] for fact in facts if fact[0] == named(row)}
         fits = [city for city, says in pocket.ENCYCLOPEDIA.items() if clues <= {*says.items()}]
-        assert len(clues) == pocket.HINTS
         assert fits == [row["answer"]] and row["answer"] not in row["text"]
-
-
-def test_clues_stand_in_different_chunks():
-    for row in pocket.documents(40, 3, 5):
-        assert len(facts_of(row["text"])) == 5 * pocket.FACTS_PER_CHUNK
-        assert len(set(chunks_about(named(row), row["text"]))) == pocket.HINTS
+        assert len(facts) == chunks * pocket.FACTS_PER_CHUNK
+        assert len(clues) == len(set(chunks_about(named(row), row["text"]))) == pocket.HINTS
 
 
 def test_whatever_is_said_of_a_hidden_city_is_said_of_people_too():
@@ -293,7 +289,8 @@ def keep_by(row, **chances):
     rng, question = random.Random(row["id"]), row["question"].split()
     words, memory, step = row["context"].split(), [], pocket.FACTS_PER_CHUNK * pocket.FACT
     for i in range(0, len(words), step):
-        memory = warm_start.update(question, memory, words[i : i + step], pocket.ROOM, rng, **chances)
+        section = words[i : i + step]
+        memory = warm_start.update(question, memory, section, pocket.ROOM, rng, **chances)
     return warm_start.answer(question, memory, rng) in row["answers"]
 
 
@@ -383,33 +380,40 @@ def test_demonstrations_are_the_turns_of_all_three_tasks(prompts):
 
 
 def test_exercises_are_answered_by_the_oracle_as_far_as_the_prompt_tells(prompts):
+    def facts_in(ids, tag):
+        return warm_start.read(warm_start.block(prompts.text(ids).split(), tag))
+
+    def asked_for(ids):
+        return warm_start.block(prompts.text(ids).split(), "problem")[0]
+
     rows = warm_start.by_kind(warm_start.exercises(prompts, "test", 20))
     counts = {kind: len(of_kind) for kind, of_kind in rows.items()}
     assert counts == {"answer": 30, "update": 60, "recall": 30, "quote": 60}
-    for prompt, response in rows["update"]:  # however often the memory says it
+    for _, response in rows["update"]:  # however often the memory says it
         said = facts_of(prompts.text(response))
         assert len(said) == len({*said})
     for prompt, _ in rows["answer"]:  # nothing is left to guess
-        words = prompts.text(prompt).split()
-        (name, *_), memory = warm_start.block(words, "problem"), warm_start.read(warm_start.block(words, "memory"))
-        assert sum(fact[0] == name for fact in memory) == pocket.HINTS
+        memory = facts_in(prompt, "memory")
+        assert sum(fact[0] == asked_for(prompt) for fact in memory) == pocket.HINTS
+
     told = 0
     for prompt, response in rows["recall"]:  # a guess is all that most memories leave
-        words = prompts.text(prompt).split()
-        memory, section = (warm_start.read(warm_start.block(words, tag)) for tag in ("memory", "section"))
+        section = facts_in(prompt, "section")
         ((person, verb, _),) = (fact for fact in section if fact[2] == data.TARGET)
         assert person in pocket.PEOPLE and len(section) == pocket.FACTS_PER_CHUNK
-        for fact in memory:
+        for fact in facts_in(prompt, "memory"):
             if fact[:2] == [person, verb]:
                 told += 1
                 assert prompts.text(response).startswith(boxed(fact[2]))
     assert 0 < told < 10  # of 30; 4 are expected
-    quoted = {len(facts_of(prompts.text(response))) for _, response in rows["quote"]}
-    assert quoted == {0, 1, 2}  # two facts of one subject as well
+
+    quoted = set()
     for prompt, response in rows["quote"]:
-        prompt, said = prompts.text(prompt).split(), prompts.text(response).split()
-        (name, *_), facts = warm_start.block(prompt, "problem"), warm_start.read(warm_start.block(prompt, "section"))
-        assert warm_start.read(said) == [fact for fact in facts if fact[0] == name]
+        said = warm_start.read(prompts.text(response).split())
+        section = facts_in(prompt, "section")
+        assert said == [fact for fact in section if fact[0] == asked_for(prompt)]
+        quoted.add(len(said))
+    assert quoted == {0, 1, 2}  # two facts of one subject as well
 
 
 def test_rows_are_scored_as_if_each_stood_alone(prompts):

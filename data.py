@@ -3,12 +3,10 @@
     python data.py build --corpus wikimedia/wikipedia:20231101.en --out DIR --documents 30000
     python data.py build --corpus FILE.jsonl.gz --out DIR --documents 64 --ner rules
     python data.py show DIR --tokenizer Qwen/Qwen3-4B-Instruct-2507
-    python data.py export DIR --out FILE.parquet
     python data.py longqa --questions hotpotqa.jsonl.gz --documents 200 --out FILE.jsonl
 
 `build` makes MemTrain's documents (--ner rules: without a trained spaCy pipeline), `show` prints
-one as the agent sees it, `export` writes them in the released code's columns (train.py reads files
-of those as they are), `longqa` makes MemAgent's long-text QA. A corpus, a set of questions and a
+one as the agent sees it, `longqa` makes MemAgent's long-text QA. A corpus, a set of questions and a
 search corpus alike are a file (.jsonl, .json, .txt, each also .gz, or .parquet), a folder of them,
 a data set of the Hub, OWNER/NAME[:CONFIG[:SPLIT]], or one file of it, OWNER/NAME:FILE.parquet.
 
@@ -26,15 +24,12 @@ A span is [start, end) in characters of its text; a row is the number of a passa
 """
 
 import argparse
-import ast
 import bisect
 import contextlib
 import functools
 import gzip
 import hashlib
 import http.client
-import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -43,7 +38,6 @@ import re
 import sys
 import tempfile
 import time
-import tokenize
 import unicodedata
 import urllib.request
 import zlib
@@ -72,14 +66,335 @@ def _one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-# ---- Reading: the rows of any source, the passages of any corpus ---------------------------------
+# ---- Masked documents (section 3.2) --------------------------------------------------------------
 
+
+def occurrences(text, entity):
+    """Where entity stands in text as a whole word: its starts. A line break may stand for a blank.
+
+    >>> occurrences("Rome, Romeo and new\\nRome; Rome_2", "Rome")
+    [0, 20]
+    >>> occurrences("in New\\nYork", "New York")
+    [3]
+    """
+    text = text.replace("\n", " ")
+    starts, position = [], 0
+    while (start := text.find(entity, position)) >= 0:
+        end = start + len(entity)
+        neighbours = text[start - 1 : start] + text[end : end + 1]
+        if any(map(_in_word, neighbours)):
+            position = start + 1
+        else:
+            starts.append(start)
+            position = end
+    return starts
+
+
+def _in_word(character):
+    # category M: accents and vowel signs that follow a letter
+    is_mark = unicodedata.category(character)[0] == "M"
+    return character.isalnum() or character == "_" or is_mark
+
+
+def mask(text, entity, spans=(), placeholder=MASK):
+    """Put the placeholder for every occurrence of entity: (text, spans).
+
+    The spans are moved along; those that an occurrence touches are dropped.
+
+    >>> mask("Rome: a Roman left Rome for Ostia.", "Rome", [(0, 4), (8, 13), (19, 23), (28, 33)])
+    ('[MASK]: a Roman left [MASK] for Ostia.', [[10, 15], [32, 37]])
+    """
+    starts = occurrences(text, entity)
+    ends = [start + len(entity) for start in starts]
+    between = [text[end:start] for end, start in zip([0, *ends], [*starts, len(text)])]
+
+    longer = len(placeholder) - len(entity)
+    moved = []
+    for start, end in spans:
+        before = bisect.bisect_right(ends, start)  # occurrences that end before the span starts
+        if bisect.bisect_left(starts, end) == before:  # all the others start after its end
+            moved.append([start + before * longer, end + before * longer])
+    return placeholder.join(between), moved
+
+
+class Corpus(NamedTuple):
+    texts: list[str]
+    entities: list[list[tuple[int, int]]]  # spans of each text
+    related: Callable  # row -> the rows most related to it, best first
+
+
+def assemble(corpus, pivot, args, rng):
+    """A masked document around the passage in row `pivot`; None where none of its entities fits.
+
+    It has 1 + args.related + args.random passages; fewer related ones are made up for by random
+    ones. The answer is an entity of the pivot that stands in args.min_passages of them or more.
+    """
+    # every passage once, in random order
+    total = 1 + args.related + args.random
+    random_rows = rng.sample(range(len(corpus.texts)), total)
+    rows = list(dict.fromkeys([pivot, *corpus.related(pivot), *random_rows]))[:total]
+    rng.shuffle(rows)
+
+    # one text, blank lines between; a passage's entities move by where it starts
+    passages = [corpus.texts[row] for row in rows]
+    spans, offset = [], 0
+    for row in rows:
+        spans += [(offset + start, offset + end) for start, end in corpus.entities[row]]
+        offset += len(corpus.texts[row]) + len("\n\n")
+
+    # the first entity of the shuffled ones that enough passages hold is the answer
+    names = sorted({corpus.texts[pivot][start:end] for start, end in corpus.entities[pivot]})
+    for answer in rng.sample(names, len(names)):
+        holders = [text for text in passages if occurrences(text, answer)]
+        if len(holders) >= args.min_passages:
+            text, spans = mask("\n\n".join(passages), answer, spans)
+            assert not occurrences(text, answer), f"{answer!r} is still in the document"
+            return {"text": text, "answer": answer, "entities": spans}
+    return None
+
+
+def draw_documents(corpus, pivots, args, split, count):
+    """Yield `count` documents around random pivots; those without a fitting entity are replaced."""
+    from tqdm import tqdm
+
+    if count and not any(corpus.entities[row] for row in pivots):
+        cure = "use a larger corpus, another --ner or --heldout 0"
+        raise InputError(f"no passage for {split} documents has an entity; {cure}")
+    for number in tqdm(range(count), desc=f"build {split}", unit=" documents"):
+        rng = random.Random(f"{args.seed}/{split}/{number}")
+        for _ in range(100):
+            pivot = rng.choice(pivots)
+            while not corpus.entities[pivot]:
+                pivot = rng.choice(pivots)
+            if document := assemble(corpus, pivot, args, rng):
+                break
+        else:
+            problem = "none of 100 pivots has such an entity; lower it or raise --related"
+            raise InputError(f"--min_passages {args.min_passages}: {problem}")
+        yield {"id": f"{split}-{number:06d}", **document}
+
+
+def split_pivots(articles, seed):
+    """The rows that may be pivots, {"train": rows, "heldout": rows}: articles are never divided."""
+    # a tenth is held out, even if nothing is built of it: the training documents stay the same
+    pivots = {"train": [], "heldout": []}
+    for row, article in enumerate(articles):
+        number = zlib.crc32(f"{seed}/{article}".encode())
+        pivots["train" if number % 10 else "heldout"].append(row)
+    return pivots
+
+
+# ---- Chunks, and the recall task (section 3.3) ---------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    ids: list[int]
+    start: int  # its characters are text[start:end]; chunk by chunk they make up the whole text
+    end: int
+
+
+def chunks(text, tokenizer, chunk_tokens):
+    """Cut the text by tokens: every chunk but the last has exactly chunk_tokens.
+
+    The ids are those of tokenizer(text). "" is one empty chunk. The tokenizer must be a fast one.
+    """
+    options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(text, **options)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    found, start = [], 0
+    for first in range(0, max(1, len(ids)), chunk_tokens):
+        last = first + chunk_tokens
+        # A character of several tokens belongs to the chunk of its first one, characters of no
+        # token at the end to the last chunk.
+        end = max(start, offsets[last - 1][1]) if last < len(ids) else len(text)
+        found.append(Chunk(ids[first:last], start, end))
+        start = end
+    return found
+
+
+class Recall(NamedTuple):
+    k: int  # the memory after turn k ..
+    l: int  # .. is asked for an entity of chunk l; both count from 1
+    ids: list[int]  # chunk l with the entity hidden
+    target: str
+
+
+def draw_recall(document, chunks, tokenizer, chunk_tokens, rng):
+    """Draw k and l, and an entity wholly inside chunk l; None where no chunk has one.
+
+    k is uniform in 2..T, l in 1..k-1: the chunk was read before turn k, and chunk T is never asked
+    for. A single chunk: k = l = 1. If chunk l has no entity, others are tried in random order, first
+    those that go with k. The entity becomes [TARGET] and the chunk is encoded again; tokens that are
+    now too many go from the end farther from the target.
+    """
+    # k, and the chunks in the order in which they are tried
+    count = len(chunks)
+    if count == 1:
+        k, order = 1, [1]
+    else:
+        k = rng.randint(2, count)
+        order = rng.sample(range(1, k), k - 1) + rng.sample(range(k, count), count - k)
+
+    # the first chunk that wholly holds an entity other than the answer
+    text = document["text"]
+    for l in order:
+        _, start, end = chunks[l - 1]
+        inside = [text[a:b] for a, b in document["entities"] if start <= a and b <= end]
+        names = sorted({name for name in inside if name != document["answer"] and MASK not in name})
+        if names:
+            target = rng.choice(names)
+            ids = _hide(target, text[start:end], tokenizer, chunk_tokens)
+            if k <= l < count:  # read too late for memory k: a later one is asked
+                k = rng.randint(l + 1, count)
+            return Recall(k, l, ids, target)
+    return None
+
+
+def _hide(target, text, tokenizer, chunk_tokens):
+    masked, _ = mask(text, target, placeholder=TARGET)
+    ids = tokenizer(masked, add_special_tokens=False, verbose=False)["input_ids"]
+    before = masked.find(TARGET)
+    after = len(masked) - masked.rfind(TARGET) - len(TARGET)
+    return ids[-chunk_tokens:] if before > after else ids[:chunk_tokens]
+
+
+# ---- A folder of documents: build, save, load, show ----------------------------------------------
+
+
+def build(args):
+    """Write a folder of masked documents to args.out: `save_documents` says what it holds."""
+    # read, index and tag the corpus
+    started = time.time()
+    open_ner(args.ner)  # what is not installed is said before hours of reading
+    texts, articles = read_corpus(args.corpus, args.passage_words, args.max_passages, args.seed)
+    total = 1 + args.related + args.random
+    if len(texts) < total:
+        cure = "use more, or lower --random and --related"
+        raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
+    search = open_index(texts, args.encoder)
+    entities = find_entities(texts, args.ner, args.processes)
+    if not any(entities):
+        problem = f"no passage has an entity that --ner {args.ner} finds"
+        raise InputError(f"{args.corpus}: {problem}; wrong language or wrong column?")
+
+    def related(row):
+        (hits,) = search([texts[row]], args.related + 1)
+        return [other for other, _ in hits if other != row][: args.related]
+
+    # draw and write the documents
+    ready = time.time()
+    corpus, pivots = Corpus(texts, entities, related), split_pivots(articles, args.seed)
+    heldout = min(128, (args.documents + 9) // 10) if args.heldout < 0 else args.heldout
+    counts = {"train": args.documents, "heldout": heldout}
+    parts = {}
+    for split, count in counts.items():
+        parts[split] = draw_documents(corpus, pivots[split], args, split, count)
+    save_documents(args.out, parts)
+    rate = sum(counts.values()) / (time.time() - ready)
+
+    # say what they are like
+    words, alone = [], 0
+    for split in counts:
+        for text in load_documents(args.out, split)["text"]:
+            words.append(len(text.split()))
+            alone += sum(MASK in passage for passage in text.split("\n\n")) == 1
+    size = f"{total} passages, {min(words)} to {max(words)} words"
+    print(f"{args.out}: {args.documents} train and {heldout} heldout documents of {size}")
+    print(f"{alone / len(words):.0%} of the answers stand in no other passage of their document")
+    print(f"{ready - started:.0f} s to read, tag and index, {rate:.1f} documents/s")
+
+
+def save_documents(out, parts):
+    """Write the folder that load_documents reads: parts = {"train": documents, "heldout": ..}.
+
+    A document is {"id", "text", "answer", "entities": [[start, end], ..]} and may bring its own
+    "question"; without one, or with None, it is asked the paper's. They may come from iterators and
+    are written one by one, in constant memory: 30,000 of them are 5 GB.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    if os.path.exists(out):
+        raise InputError(f"{out}: is there already; choose another name or delete it")
+    datasets.disable_progress_bars()
+    string = datasets.Value("string")
+    spans = datasets.List(datasets.List(datasets.Value("int32")))
+    features = datasets.Features(
+        {"id": string, "text": string, "answer": string, "entities": spans, "question": string}
+    )
+    saved = datasets.DatasetDict()
+    with whole_or_nothing(out) as unfinished:
+        for split, documents in parts.items():
+            file = f"{unfinished}.{split}"
+            with ArrowWriter(path=file, features=features, writer_batch_size=64) as writer:
+                for document in documents:
+                    writer.write({"question": None, **document})
+                writer.finalize()
+            saved[split] = datasets.Dataset.from_file(file)
+        # without the number of shards an empty part is saved in a form that can't be loaded
+        shards = {split: 1 + len(rows) // 2000 for split, rows in saved.items()}
+        saved.save_to_disk(unfinished, num_shards=shards)
+
+
+def holds_documents(path):
+    """Whether save_documents wrote this folder."""
+    return os.path.exists(f"{path}/dataset_dict.json")
+
+
+def load_documents(path, split):
+    """What save_documents wrote as "train" or "heldout": a datasets.Dataset."""
+    import datasets
+
+    if not holds_documents(path):
+        cure = f"make them with: python data.py build --corpus .. --out {path}"
+        raise InputError(f"{path}: no documents here; {cure}")
+    parts = datasets.load_from_disk(str(path))
+    if split not in parts:
+        raise InputError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
+    return parts[split]
+
+
+def show(args):
+    """Print a document and its answer; with --tokenizer chunk by chunk, and a recall."""
+    documents = load_documents(args.dir, args.split)
+    if not 0 <= args.document < len(documents):
+        count = f"{args.split} has {len(documents)} documents"
+        raise InputError(f"{args.dir}: {count}, --document counts from 0")
+    document = documents[args.document]
+    text = document["text"]
+    counts = f"{text.count(MASK)} masks, {len(document['entities'])} entities"
+    print(f"document {document['id']}: {len(text.split())} words, {counts}")
+    if document.get("question"):
+        print(f"---- question: {document['question']}")
+
+    if args.tokenizer:
+        import transformers
+
+        with explained(f"--tokenizer {args.tokenizer}: can't be loaded", OSError, ValueError):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        parts = chunks(text, tokenizer, args.chunk_tokens)
+        for number, part in enumerate(parts, 1):
+            print(f"\n---- chunk {number} of {len(parts)} ({len(part.ids)} tokens) ----")
+            print(text[part.start : part.end].strip())
+        recall = draw_recall(document, parts, tokenizer, args.chunk_tokens, random.Random(0))
+        if recall:
+            asked = f"after turn {recall.k}, {TARGET} in chunk {recall.l}"
+            print(f"\n---- a recall: {asked} is {recall.target!r}")
+    else:
+        print(f"\n{text}")
+    print(f"\n---- answer: {MASK} is {document['answer']!r}")
+
+
+# ==== black boxes: called above by plain names ====================================================
+
+
+# ---- Reading: the rows of any source, the passages of any corpus ---------------------------------
 
 ROW_FILE = r"\.(jsonl|json|parquet|txt)(\.gz)?$"
 
 
 def read_rows(source, columns=None, stream=False, seed=0):
-    """Yield (place, row): every row as a dict, and where it stands, for messages.
+    """Yield (where, row): every row as a dict, and where it stands, for messages.
 
     columns: of parquet only these are read ("a.b" is a field of a struct): MemAgent's files hold
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
@@ -103,11 +418,11 @@ def read_rows(source, columns=None, stream=False, seed=0):
     else:
         rows = {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _text_rows}[kind[1]](source)
 
-    for place, row in rows:
+    for where, row in rows:
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise InputError(f"{place}: a row must be a JSON object, this is a {kind}")
-        yield place, row
+            raise InputError(f"{where}: a row must be a JSON object, this is a {kind}")
+        yield where, row
 
 
 def open_text(path, mode, encoding="utf-8"):
@@ -183,16 +498,6 @@ def _dataset_rows(source, stream, seed):
             yield f"{source}: row {number}", row
 
 
-def local_file(source):
-    """The path of a file here or on the Hub. InputError for none."""
-    repo, _, file = source.partition(":")
-    if repo.count("/") == 1 and file and not os.path.exists(source):
-        return _hub_file(repo, file)
-    if not os.path.isfile(source):
-        raise InputError(f"{source}: no such file")
-    return source
-
-
 def _hub_file(repo, file):
     import huggingface_hub
 
@@ -201,7 +506,7 @@ def _hub_file(repo, file):
         return huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
 
 
-def passage(place, row):
+def passage(where, row):
     """A row as {"id", "title", "text"}, from {title, text} or wiki-18's {contents}.
 
     >>> passage("f:1", {"id": "7", "contents": '"Rome"\\nRome is a  city.'})
@@ -213,9 +518,9 @@ def passage(place, row):
         title = title.strip().strip('"')
     if not isinstance(text, str):
         wanted = "a passage is {id, title, text} or {id, contents}"
-        raise InputError(f"{place}: no text; {wanted}, this row has {sorted(row)}")
+        raise InputError(f"{where}: no text; {wanted}, this row has {sorted(row)}")
     title = tidy(str(title or "")).replace("\n", " ")
-    return {"id": str(row.get("id", place)), "title": title, "text": tidy(text)}
+    return {"id": str(row.get("id", where)), "title": title, "text": tidy(text)}
 
 
 def tidy(text):
@@ -234,10 +539,10 @@ _ABBREVIATION = rf"(?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs|No)\.)(?<!Mrs\.)(?<!\b[{UPPER}]
 SENTENCE_END = rf"""\n|[.!?]{_ABBREVIATION}["'”’)\]]*\s+(?=["'“‘(\[]*[{UPPER}\d])"""
 
 
-def cut(text, words):
+def split_article(text, words):
     """Cut text at sentence ends into pieces of about `words` words; up to twice as many stay whole.
 
-    >>> cut("One two. Three four. Five six. Seven eight. Nine.", 4)
+    >>> split_article("One two. Three four. Five six. Seven eight. Nine.", 4)
     ['One two. Three four.', 'Five six. Seven eight. Nine.']
     """
     if len(text.split()) <= 2 * words:
@@ -271,10 +576,10 @@ def read_corpus(source, words=160, limit=0, seed=0):
 
     article_of = {}  # text: article
     rows = read_rows(source, stream=limit > 0, seed=seed)
-    for place, row in tqdm(rows, desc="read", unit=" rows", delay=1):
-        found = passage(place, row)
+    for where, row in tqdm(rows, desc="read", unit=" rows", delay=1):
+        found = passage(where, row)
         title = found["title"]
-        for piece in cut(found["text"], words):
+        for piece in split_article(found["text"], words):
             text = f"{title}\n{piece}" if title else piece
             if piece and MASK not in text and TARGET not in text:
                 article_of.setdefault(text, title or str(len(article_of) + 1))
@@ -282,6 +587,271 @@ def read_corpus(source, words=160, limit=0, seed=0):
             break
     count = limit or len(article_of)
     return list(article_of)[:count], list(article_of.values())[:count]
+
+
+# ---- Questions (sections 6 to 8) -----------------------------------------------------------------
+
+QUESTION_COLUMNS = (
+    "id _id index question input answers golden_answers answer context data_source prompt "
+    "reward_model.ground_truth extra_info.question extra_info.index"
+).split()
+
+
+def load_questions(path, objectives=None, long=False):
+    """Questions of any of the field's formats, from a file, a folder or the Hub.
+
+    Gives a list of {"id", "source", "question", "answers": [str, ..], "context": str}. Read are
+    MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]},
+    FlashRAG's golden_answers and LongBench. long: every question needs a context.
+    With objectives, rows of several questions each: those that a file has joined (MEM1's), and
+    others as pair_questions joins them. InputError for a row that lacks something.
+    """
+    if path == "BytedTsinghua-SIA/hotpotqa":
+        path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
+    rows = []
+    for where, row in read_rows(path, QUESTION_COLUMNS):
+        found = question_row(where, row, several=objectives is not None)
+        if long and not found["context"].strip():
+            raise InputError(f"{where}: a long-text question needs a context, this row has none")
+        rows.append(found)
+    if not rows:
+        raise InputError(f"{path}: no questions")
+    if not objectives:
+        return rows
+    joined = pair_questions(rows, objectives)
+    if not joined:
+        raise InputError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
+    return joined
+
+
+def question_row(where, row, several=False):
+    """One row of any format as a question; several: "answers" may be a list of lists.
+
+    >>> row = {"index": 3, "input": "Who?", "answers": '["Ann"]', "context": [["A", "She did."]]}
+    >>> question_row("f:1", row) == {
+    ...     "id": "3", "source": "", "question": "Who?", "answers": ["Ann"],
+    ...     "context": "Document 1:\\nA\\nShe did."}
+    True
+    """
+    # the row's own fields, and those of MemAgent's structs
+    own = {name: _plain(where, value) for name, value in row.items()}
+    structs = [own.get(name) for name in ("reward_model", "extra_info")]
+    model, extra = [struct if isinstance(struct, dict) else {} for struct in structs]
+
+    # each under the names that the formats have for it
+    identity = _first(*map(own.get, ("id", "_id", "index")), extra.get("index"), where)
+    question = _first(own.get("question"), extra.get("question"), own.get("input"))
+    question = _first(question, _prompt(own.get("prompt")))
+    context = _first(own.get("context"))
+    gold = _first(*map(own.get, ("answers", "golden_answers", "answer")))
+    gold = _first(gold, model.get("ground_truth"))
+    golds = golds_of(where, gold)
+    for name, found in ("question", isinstance(question, str)), ("answer", golds):
+        if not found:
+            filled = [name for name in sorted(own) if _first(own[name]) is not None]
+            wanted = f"a question needs a question and an answer, this row has {filled}"
+            raise InputError(f"{where}: no {name}; {wanted}")
+
+    # a row of several questions has golds for each
+    question = question.strip()
+    if several:
+        check_joined(where, question, golds)
+    elif len(golds) > 1:
+        problem = f"golds of {len(golds)} questions at once"
+        raise InputError(f"{where}: {problem}; such rows are for --task searchqa alone")
+    if context is not None and not isinstance(context, str):
+        context = lay_out(paragraphs(where, own))
+    return {
+        "id": str(identity),
+        "source": str(_first(own.get("data_source")) or ""),
+        "question": question,
+        "answers": golds if len(golds) > 1 else golds[0],
+        "context": context or "",
+    }
+
+
+def _first(*values):
+    """The first that is not empty; None without."""
+    for value in values:
+        blank = isinstance(value, str) and not value.strip()
+        if not blank and value is not None and value != [] and value != {}:
+            return value
+    return None
+
+
+def _plain(where, value):
+    """The value with lists for arrays, text for bytes and None for NaN."""
+    if isinstance(value, bytes):
+        with explained(f"{where}: bytes that are not UTF-8", UnicodeDecodeError):
+            return value.decode()
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(where, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(where, each) for each in value]
+    return None if value != value else value
+
+
+def _prompt(prompt):
+    """The question of a conversation: its last message as it is."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("content")
+    return prompt if isinstance(prompt, str) else None
+
+
+def golds_of(where, value):
+    """The golds of every question of a row, [[gold, ..], ..], or None where there are none.
+
+    Of one question "x", 5 or ["x", "y"], of several [["x"], ["y", "z"]], each also as
+    {"target": ..}, and each also as JSON text.
+
+    >>> golds_of("f:1", {"target": ["x", None]}), golds_of("f:1", '[["x"], ["y", 5.0]]')
+    ([['x']], [['x'], ['y', '5']])
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(json.JSONDecodeError):  # "[sic]" is a text
+            value = json.loads(value)
+    if isinstance(value, dict) and "target" in value:
+        return golds_of(where, value["target"])
+    values = value if isinstance(value, list) else [value]
+    nested = any(isinstance(each, list) for each in values)
+    if nested and not all(isinstance(each, list) or each is None for each in values):
+        raise InputError(f"{where}: golds must be texts, or one list of texts for each question")
+
+    golds = []
+    for number, own in enumerate(values if nested else [values], 1):
+        golds.append([_gold(where, gold) for gold in own or [] if _first(gold) is not None])
+        if nested and not golds[-1]:
+            raise InputError(f"{where}: no gold for question {number} of {len(values)}")
+    return golds if golds[0] else None
+
+
+def _gold(where, value):
+    """A gold as text; of numbers, 5.0 stands for 5: a column with gaps is one of floats."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"{where}: a gold must be a text, this is a {type(value).__name__}")
+    return str(value)
+
+
+def check_joined(where, question, golds):
+    """Questions joined by ";" must be as many as lists of golds; a question may hold a ";"."""
+    parts = list(filter(str.strip, question.split(";")))
+    surely = list(filter(str.strip, re.split(r"\?\s*;", question)))
+    if len(golds) not in (len(parts), len(surely)):
+        problem = f"{len(surely)} questions joined by ; but golds of {len(golds)}"
+        raise InputError(f"{where}: {problem}; repair or delete the row")
+
+
+def paragraphs(where, row):
+    """[(title, text), ..] from [[title, text or sentences], ..], [{title, text}, ..] or HotpotQA's
+    dict of lists."""
+    context, found = row.get("context") or [], []
+    try:
+        if isinstance(context, dict):
+            titles, texts = list(context["title"]), list(context["sentences"])
+            context = list(zip(titles, texts, strict=True))
+        for paragraph in context:
+            if isinstance(paragraph, dict):
+                paragraph = paragraph["title"], paragraph["text"]
+            title, text = paragraph
+            if isinstance(paragraph, str) or not isinstance(title, str):
+                raise TypeError
+            found.append((title, "".join(text)))  # sentences; a text is left whole
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{where}: context must be a text or [[title, text], ..]") from None
+    return found
+
+
+def lay_out(pairs):
+    """MemAgent's layout.
+
+    >>> lay_out([("Rome", "A city."), ("Nile", "A river.")])
+    'Document 1:\\nRome\\nA city.\\n\\nDocument 2:\\nNile\\nA river.'
+    """
+    numbered = enumerate(pairs, 1)
+    return "\n\n".join(f"Document {number}:\n{title}\n{text}" for number, (title, text) in numbered)
+
+
+def pair_questions(rows, objectives):
+    """Join consecutive questions of one source, `objectives` at a time; a rest is dropped.
+    Rows that hold several questions already stay as they are.
+
+    >>> rows = [{"id": n, "question": f"Q{n}?", "answers": [n]} for n in "abc"]
+    >>> pair_questions(rows, 2)
+    [{'id': 'a+b', 'source': '', 'question': 'Qa?; Qb?', 'answers': [['a'], ['b']], 'context': ''}]
+    """
+    joined, by_source = [], {}
+    for row in rows:
+        if isinstance(row["answers"][0], list):
+            joined.append({**row, "context": ""})
+        else:
+            by_source.setdefault(row.get("source", ""), []).append(row)
+
+    for source, own in by_source.items():
+        for first in range(0, len(own) - objectives + 1, objectives):
+            group = own[first : first + objectives]
+            joined.append({
+                "id": "+".join(row["id"] for row in group),
+                "source": source,
+                "question": "; ".join(row["question"] for row in group),
+                "answers": [row["answers"] for row in group],  # one list of golds per question
+                "context": "",
+            })  # fmt: skip
+    return joined
+
+
+def longqa(args):
+    """Write long documents: a question's own paragraphs among random others, no title twice.
+
+    Shuffled with a seed per question. MemAgent's sit at the same positions in every sample (one
+    shuffle seed); here the position says nothing.
+    """
+    from tqdm import tqdm
+
+    if not args.out.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"--out {args.out}: .jsonl or .jsonl.gz can be written")
+
+    # the questions with their paragraphs, and the pool of all paragraphs
+    rows, pool, without = [], {}, 0
+    for where, row in read_rows(args.questions, QUESTION_COLUMNS):
+        question, own = question_row(where, row), own_paragraphs(where, row)
+        if len(own) > args.documents:
+            problem = f"{len(own)} paragraphs of its own, --documents {args.documents} has no room"
+            raise InputError(f"{where}: {problem}")
+        pool.update(own)
+        if own:
+            rows.append((question, own))
+        else:
+            without += 1
+    if len(pool) < args.documents:
+        problem = f"{len(pool)} paragraphs of different titles"
+        raise InputError(f"{args.questions}: {problem}, --documents {args.documents} needs as many")
+
+    titles = list(pool)
+    with whole_or_nothing(args.out) as unfinished, open_text(str(unfinished), "wt") as file:
+        for question, own in tqdm(rows, desc="longqa", unit=" documents"):
+            rng = random.Random(f"{args.seed}/{question['id']}")
+            others = [title for title in rng.sample(titles, args.documents) if title not in own]
+            chosen = [*own.items(), *((title, pool[title]) for title in others)][: args.documents]
+            rng.shuffle(chosen)
+            row = {**question, "context": lay_out(chosen), "num_docs": len(chosen)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    size = f"{args.documents} documents each, out of {len(pool)} paragraphs"
+    print(f"{args.out}: {len(rows)} questions with {size}")
+    if without:
+        print(f"{without} questions have no paragraphs of their own and were left out")
+
+
+def own_paragraphs(where, row):
+    """{title: text} of the row; paragraphs of one title are joined."""
+    own = {}
+    if not isinstance(row.get("context"), str):
+        for title, text in paragraphs(where, row):
+            own[title] = f"{own[title]}\n{text}" if title in own else text
+    return own
 
 
 # ---- Entities ------------------------------------------------------------------------------------
@@ -421,832 +991,6 @@ def _sentence_starts(text):
     return {match.end() for match in matches}
 
 
-# ---- Masked documents (section 3.2) --------------------------------------------------------------
-
-
-def occurrences(text, entity):
-    """Where entity stands in text as a whole word: its starts. A line break may stand for a blank.
-
-    >>> occurrences("Rome, Romeo and new\\nRome; Rome_2", "Rome")
-    [0, 20]
-    >>> occurrences("in New\\nYork", "New York")
-    [3]
-    """
-    text = text.replace("\n", " ")
-    starts, position = [], 0
-    while (start := text.find(entity, position)) >= 0:
-        end = start + len(entity)
-        neighbours = text[start - 1 : start] + text[end : end + 1]
-        if any(map(_in_word, neighbours)):
-            position = start + 1
-        else:
-            starts.append(start)
-            position = end
-    return starts
-
-
-def _in_word(character):
-    # category M: accents and vowel signs that follow a letter
-    is_mark = unicodedata.category(character)[0] == "M"
-    return character.isalnum() or character == "_" or is_mark
-
-
-def mask(text, entity, spans=(), placeholder=MASK):
-    """Put the placeholder for every occurrence of entity: (text, spans).
-
-    The spans are moved along; those that an occurrence touches are dropped.
-
-    >>> mask("Rome: a Roman left Rome for Ostia.", "Rome", [(0, 4), (8, 13), (19, 23), (28, 33)])
-    ('[MASK]: a Roman left [MASK] for Ostia.', [[10, 15], [32, 37]])
-    """
-    starts = occurrences(text, entity)
-    ends = [start + len(entity) for start in starts]
-    between = [text[end:start] for end, start in zip([0, *ends], [*starts, len(text)])]
-
-    longer = len(placeholder) - len(entity)
-    moved = []
-    for start, end in spans:
-        before = bisect.bisect_right(ends, start)  # occurrences that end before the span starts
-        if bisect.bisect_left(starts, end) == before:  # all the others start after its end
-            moved.append([start + before * longer, end + before * longer])
-    return placeholder.join(between), moved
-
-
-def asked_for(text, spans, args):
-    """Of a passage's entities those that are rare and short enough to be asked for."""
-    most, words = args.max_occurrences or len(text), args.max_words or len(text)
-    names = {text[start:end] for start, end in spans}
-    short = {name for name in names if len(name.split()) < words}
-    rare = {name for name in short if len(occurrences(text, name)) < most}
-    return [(start, end) for start, end in spans if text[start:end] in rare]
-
-
-class Corpus(NamedTuple):
-    texts: list[str]
-    entities: list[list[tuple[int, int]]]  # spans of each text
-    related: Callable  # row -> the rows most related to it, best first
-
-
-def assemble(corpus, pivot, args, rng):
-    """A masked document around the passage in row `pivot`; None where none of its entities fits.
-
-    It has 1 + args.related + args.random passages; fewer related ones are made up for by random
-    ones. The answer is an entity of the pivot that stands in args.min_passages of them or more.
-    """
-    # every passage once, in random order
-    total = 1 + args.related + args.random
-    random_rows = rng.sample(range(len(corpus.texts)), total)
-    rows = list(dict.fromkeys([pivot, *corpus.related(pivot), *random_rows]))[:total]
-    rng.shuffle(rows)
-
-    # one text, blank lines between; a passage's entities move by where it starts
-    passages = [corpus.texts[row] for row in rows]
-    spans, offset = [], 0
-    for row in rows:
-        spans += [(offset + start, offset + end) for start, end in corpus.entities[row]]
-        offset += len(corpus.texts[row]) + len("\n\n")
-
-    # the first entity of the shuffled ones that enough passages hold is the answer
-    names = sorted({corpus.texts[pivot][start:end] for start, end in corpus.entities[pivot]})
-    for answer in rng.sample(names, len(names)):
-        holders = [text for text in passages if occurrences(text, answer)]
-        if len(holders) >= args.min_passages:
-            text, spans = mask("\n\n".join(passages), answer, spans)
-            assert not occurrences(text, answer), f"{answer!r} is still in the document"
-            return {"text": text, "answer": answer, "entities": spans}
-    return None
-
-
-def draw_documents(corpus, pivots, args, split, count):
-    """Yield `count` documents around random pivots; those without a fitting entity are replaced."""
-    from tqdm import tqdm
-
-    if count and not any(corpus.entities[row] for row in pivots):
-        cure = "use a larger corpus, another --ner or --heldout 0"
-        raise InputError(f"no passage for {split} documents has an entity; {cure}")
-    for number in tqdm(range(count), desc=f"build {split}", unit=" documents"):
-        rng = random.Random(f"{args.seed}/{split}/{number}")
-        for _ in range(100):
-            pivot = rng.choice(pivots)
-            while not corpus.entities[pivot]:
-                pivot = rng.choice(pivots)
-            if document := assemble(corpus, pivot, args, rng):
-                break
-        else:
-            problem = "none of 100 pivots has such an entity; lower it or raise --related"
-            raise InputError(f"--min_passages {args.min_passages}: {problem}")
-        yield {"id": f"{split}-{number:06d}", **document}
-
-
-def split_pivots(articles, seed):
-    """The rows that may be pivots, {"train": rows, "heldout": rows}: articles are never divided."""
-    # a tenth is held out, even if nothing is built of it: the training documents stay the same
-    pivots = {"train": [], "heldout": []}
-    for row, article in enumerate(articles):
-        number = zlib.crc32(f"{seed}/{article}".encode())
-        pivots["train" if number % 10 else "heldout"].append(row)
-    return pivots
-
-
-def build(args):
-    """Write a folder of masked documents to args.out: `save_documents` says what it holds."""
-    # read, index and tag the corpus
-    started = time.time()
-    open_ner(args.ner)  # what is not installed is said before hours of reading
-    texts, articles = read_corpus(args.corpus, args.passage_words, args.max_passages, args.seed)
-    total = 1 + args.related + args.random
-    if len(texts) < total:
-        cure = "use more, or lower --random and --related"
-        raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
-    search = open_search(texts, args.encoder)
-    entities = find_entities(texts, args.ner, args.processes)
-    if args.max_occurrences or args.max_words:
-        entities = [asked_for(*pair, args) for pair in zip(texts, entities, strict=True)]
-    if not any(entities):
-        problem = f"no passage has an entity that --ner {args.ner} finds"
-        raise InputError(f"{args.corpus}: {problem}; wrong language or wrong column?")
-
-    def related(row):
-        (hits,) = search([texts[row]], args.related + 1)
-        return [other for other, _ in hits if other != row][: args.related]
-
-    # draw and write the documents
-    ready = time.time()
-    corpus, pivots = Corpus(texts, entities, related), split_pivots(articles, args.seed)
-    heldout = min(128, (args.documents + 9) // 10) if args.heldout < 0 else args.heldout
-    counts = {"train": args.documents, "heldout": heldout}
-    parts = {}
-    for split, count in counts.items():
-        parts[split] = draw_documents(corpus, pivots[split], args, split, count)
-    save_documents(args.out, parts)
-    rate = sum(counts.values()) / (time.time() - ready)
-
-    # say what they are like
-    words, alone = [], 0
-    for split in counts:
-        for text in load_documents(args.out, split)["text"]:
-            words.append(len(text.split()))
-            alone += sum(MASK in passage for passage in text.split("\n\n")) == 1
-    size = f"{total} passages, {min(words)} to {max(words)} words"
-    print(f"{args.out}: {args.documents} train and {heldout} heldout documents of {size}")
-    print(f"{alone / len(words):.0%} of the answers stand in no other passage of their document")
-    print(f"{ready - started:.0f} s to read, tag and index, {rate:.1f} documents/s")
-
-
-def save_documents(out, parts):
-    """Write the folder that load_documents reads: parts = {"train": documents, "heldout": ..}.
-
-    A document is {"id", "text", "answer", "entities": [[start, end], ..]} and may bring its own
-    "question"; without one, or with None, it is asked the paper's. They may come from iterators and
-    are written one by one, in constant memory: 30,000 of them are 5 GB.
-    """
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-
-    if os.path.exists(out):
-        raise InputError(f"{out}: is there already; choose another name or delete it")
-    datasets.disable_progress_bars()
-    string = datasets.Value("string")
-    spans = datasets.List(datasets.List(datasets.Value("int32")))
-    features = datasets.Features(
-        {"id": string, "text": string, "answer": string, "entities": spans, "question": string}
-    )
-    saved = datasets.DatasetDict()
-    with whole_or_nothing(out) as unfinished:
-        for split, documents in parts.items():
-            file = f"{unfinished}.{split}"
-            with ArrowWriter(path=file, features=features, writer_batch_size=64) as writer:
-                for document in documents:
-                    writer.write({"question": None, **document})
-                writer.finalize()
-            saved[split] = datasets.Dataset.from_file(file)
-        # without the number of shards an empty part is saved in a form that can't be loaded
-        shards = {split: 1 + len(rows) // 2000 for split, rows in saved.items()}
-        saved.save_to_disk(unfinished, num_shards=shards)
-
-
-def holds_documents(path):
-    """Whether save_documents wrote this folder, or this is a file of masked documents: its first
-    row says [MASK], in the text or in the question."""
-    if not re.search(ROW_FILE, path):
-        return os.path.exists(f"{path}/dataset_dict.json")
-    for _, row in read_rows(path, ["context", "prompt", "extra_info.question"]):
-        return MASK in str(row)
-    return False
-
-
-def load_documents(path, split, ner="en_core_web_sm"):
-    """What save_documents wrote as "train" or "heldout": a datasets.Dataset. A file in the released
-    code's columns is "train" as a whole; its entities are found by `ner`, see import_documents."""
-    import datasets
-
-    path = str(path)
-    if re.search(ROW_FILE, path):
-        path = str(import_documents(path, ner))
-    if not holds_documents(path):
-        cure = f"make them with: python data.py build --corpus .. --out {path}"
-        raise InputError(f"{path}: no documents here; {cure}")
-    parts = datasets.load_from_disk(path)
-    if split not in parts:
-        raise InputError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
-    return parts[split]
-
-
-# ---- Documents as the released code has them (LiliShadow/MemTrain) -------------------------------
-
-IMPORTED = "cache"  # folder in which documents of files are kept, with their entities
-QUESTION = (  # of a document that has none of its own; rollout.py's PROBLEM, for `export`
-    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, "
-    "which entity does [MASK] stand for?"
-)
-
-
-def import_documents(source, ner="en_core_web_sm"):
-    """A file in the released code's columns as a folder of documents. -> its path
-
-    The file brings text, answer and question, but no entities for the recalls: these are found
-    once, and kept in IMPORTED under a name made of the file's content and `ner`. All rows are
-    checked before that; InputError for one that is no masked document.
-    """
-    from tqdm import tqdm
-
-    # what was found before
-    path, digest = local_file(source), hashlib.sha1(ner.encode())
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    folder = Path(IMPORTED) / f"documents-{digest.hexdigest()[:16]}"
-    if folder.exists():
-        return folder
-
-    # check, find, keep
-    open_ner(ner)
-    processes = os.cpu_count()
-    started, count, leaks = time.time(), 0, 0
-    for document in tqdm(masked_documents(path), desc="check", unit=" documents", delay=1):
-        count += 1
-        leaks += bool(occurrences(document["text"], document["answer"]))
-    if not count:
-        raise InputError(f"{source}: no documents")
-    tqdm.write(f"{source}: looks for entities once, and keeps them in {folder}", file=sys.stderr)
-    found = add_entities(masked_documents(path), ner, processes)
-    bar = tqdm(found, desc="entities", total=count, unit=" documents")
-    try:
-        save_documents(folder, {"train": bar, "heldout": iter([])})
-    except OSError:
-        if not folder.exists():  # else another process was faster
-            raise
-    minutes = (time.time() - started) / 60
-    summary = f"{source}: {count} documents, {minutes:.1f} minutes with {processes} processes"
-    if leaks:
-        summary += f"; the answers of {leaks} still stand in their text"
-    tqdm.write(summary, file=sys.stderr)
-    return folder
-
-
-def masked_documents(path):
-    """Yield the rows of a file in the released code's columns as documents without entities."""
-    for place, row in read_rows(path, QUESTION_COLUMNS):
-        found = question_row(place, row)
-        text, answers, extra = found["context"], found["answers"], row.get("extra_info")
-        exported = isinstance(extra, dict) and extra.get("memtrain_id") is not None
-        problem = None
-        if not isinstance(row.get("context"), (str, bytes)) or not text.strip():
-            problem = "no context"
-        elif MASK not in text and not exported:  # ours may hide the answer behind another name
-            problem = f"no {MASK} in its context"
-        elif TARGET in text:
-            problem = f"{TARGET}, the placeholder of recalls, in its context"
-        elif len(answers) > 1:
-            problem = f"{len(answers)} answers"
-        if problem:
-            raise InputError(f"{place}: {problem}; a masked document is a text and its one answer")
-        if exported:
-            text = _without_headings(text)
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which can't be kept
-        yield {**found, "text": text, "answer": answers[0]}
-
-
-def add_entities(documents, ner, processes):
-    """Yield the documents with the spans of their fair entities, passage by passage: each passage
-    is looked at once, however many documents hold it."""
-    import numpy
-
-    known = {}  # digest of a passage: its spans [n, 2], 8 bytes each
-    documents = iter(documents)
-    while block := list(itertools.islice(documents, 2048)):
-        # the passages of a block that no document before it held
-        places, new = [], {}
-        for document in block:
-            text, own = document["text"], []
-            for start, end in passage_spans(text):
-                passage = text[start:end]
-                key = hashlib.blake2b(passage.encode(), digest_size=16).digest()
-                own.append((start, key))
-                if key not in known:
-                    new[key] = passage
-            places.append(own)
-        for key, spans in zip(new, find_entities(list(new.values()), ner, processes), strict=True):
-            known[key] = numpy.array(spans, numpy.int32).reshape(-1, 2)
-
-        # moved by where the passages start
-        for document, own in zip(block, places, strict=True):
-            spans = [known[key] + start for start, key in own]
-            names = ("id", "text", "answer", "question")
-            kept = {name: document[name] for name in names}
-            yield {**kept, "entities": numpy.concatenate(spans).tolist()}
-
-
-def passage_spans(text):
-    """Where the passages of a text start and end, headings left out.
-
-    >>> text = "Document 1:\\nAnn ran.\\n\\nDocument 2:\\nBob sat."
-    >>> [text[start:end] for start, end in passage_spans(text)]
-    ['Ann ran.', 'Bob sat.']
-    """
-    between = list(re.finditer(r"(?:\A|\n\n)(?:Document \d+:\n)?", text))
-    ends = [match.start() for match in between[1:]] + [len(text)]
-    return [(match.end(), end) for match, end in zip(between, ends, strict=True)]
-
-
-def _with_headings(text):
-    """
-    >>> _with_headings("Ann ran.\\n\\nBob sat.")
-    'Document 1:\\nAnn ran.\\n\\nDocument 2:\\nBob sat.'
-    """
-    passages = enumerate(text.split("\n\n"), 1)
-    return "\n\n".join(f"Document {number}:\n{passage}" for number, passage in passages)
-
-
-def _without_headings(text):
-    passages = []
-    for number, passage in enumerate(text.split("\n\n"), 1):
-        passages.append(passage.removeprefix(f"Document {number}:\n"))
-    return "\n\n".join(passages)
-
-
-def export(args):
-    """Write documents in the released code's columns; its trainer reads them, and so do we."""
-    import pyarrow
-    from pyarrow.parquet import ParquetWriter
-    from tqdm import tqdm
-
-    if not args.out.endswith(".parquet"):
-        raise InputError(f"--out {args.out}: .parquet can be written")
-    documents = load_documents(args.dir, args.split)
-    if not len(documents):
-        raise InputError(f"{args.dir}: no {args.split} documents")
-    text, number = pyarrow.string(), pyarrow.int64()
-    struct, several = pyarrow.struct, pyarrow.list_
-    extra = {"index": number, "num_docs": number, "anchor_idx": number}
-    extra |= {"retrieved_indices": several(number), "question": text, "memtrain_id": text}
-    schema = pyarrow.schema({
-        "data_source": text,
-        "prompt": several(struct({"content": text, "role": text})),
-        "context": text,
-        "ability": text,
-        "reward_model": struct({"ground_truth": several(text), "style": text}),
-        "extra_info": struct(extra),
-    })  # fmt: skip
-    with whole_or_nothing(args.out) as unfinished, ParquetWriter(unfinished, schema) as writer:
-        for first in tqdm(range(0, len(documents), 64), desc="export", unit=" blocks", delay=1):
-            rows = []
-            for index in range(first, min(first + 64, len(documents))):
-                rows.append(released_row(index, documents[index], args.question))
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-    print(f"{args.out}: {len(documents)} documents")
-
-
-def released_row(index, document, question):
-    """A document in the released code's columns. Which passages of its corpus it is made of is not
-    known any more. `memtrain_id` tells us that the headings are not of the text."""
-    text, question = document["text"], document.get("question") or question
-    own_headings = text.startswith("Document 1:\n")
-    return {
-        "data_source": "hotpotqa",  # by this its trainer chooses the reward
-        "prompt": [{"content": question, "role": "user"}],
-        "context": text if own_headings else _with_headings(text),
-        "ability": "memory",
-        "reward_model": {"ground_truth": [document["answer"]], "style": "rule"},
-        "extra_info": {
-            "index": index,
-            "num_docs": len(passage_spans(text)),
-            "anchor_idx": None,
-            "retrieved_indices": [],
-            "question": question,
-            "memtrain_id": None if own_headings else document["id"],
-        },
-    }
-
-
-# ---- Chunks, and the recall task (section 3.3) ---------------------------------------------------
-
-
-class Chunk(NamedTuple):
-    ids: list[int]
-    start: int  # its characters are text[start:end]; chunk by chunk they make up the whole text
-    end: int
-
-
-def chunks(text, tokenizer, chunk_tokens):
-    """Cut the text by tokens: every chunk but the last has exactly chunk_tokens.
-
-    The ids are those of tokenizer(text). "" is one empty chunk. The tokenizer must be a fast one.
-    """
-    options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    encoded = tokenizer(text, **options)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    found, start = [], 0
-    for first in range(0, max(1, len(ids)), chunk_tokens):
-        last = first + chunk_tokens
-        # A character of several tokens belongs to the chunk of its first one, characters of no
-        # token at the end to the last chunk.
-        end = max(start, offsets[last - 1][1]) if last < len(ids) else len(text)
-        found.append(Chunk(ids[first:last], start, end))
-        start = end
-    return found
-
-
-class Recall(NamedTuple):
-    k: int  # the memory after turn k ..
-    l: int  # .. is asked for an entity of chunk l; both count from 1
-    ids: list[int]  # chunk l with the entity hidden
-    target: str
-
-
-def draw_recall(document, chunks, tokenizer, chunk_tokens, rng, window="after"):
-    """Draw k and l, and an entity wholly inside chunk l.
-
-    window "after" (the paper's m_k): k uniform in 2..T, l in 1..k-1: the chunk was read before turn
-    k. "before" (the released code's, which reads the memory before a turn): k uniform in 1..T-1, l
-    in 2..k+1: chunk 1 is never asked for, chunk k+1 was not read yet. A single chunk: k = l = 1.
-
-    If chunk l has none, others are tried in random order, first those that go with k; None where no
-    chunk has one. The entity becomes [TARGET] and the chunk is encoded again; tokens that are now
-    too many go from the end farther from the target.
-    """
-    # k, and the chunks in the order in which they are tried; offset: of the last one that k allows
-    count, offset = len(chunks), -1 if window == "after" else 1
-    if count == 1:
-        k, offset, order = 1, 0, [1]
-    elif window == "after":
-        k = rng.randint(2, count)
-        order = rng.sample(range(1, k), k - 1) + rng.sample(range(k, count), count - k)
-    else:
-        k = rng.randint(1, count - 1)
-        order = rng.sample(range(2, k + 2), k) + rng.sample(range(k + 2, count + 1), count - k - 1)
-
-    # the first chunk that wholly holds an entity other than the answer
-    text = document["text"]
-    for l in order:
-        _, start, end = chunks[l - 1]
-        inside = [text[a:b] for a, b in document["entities"] if start <= a and b <= end]
-        names = sorted({name for name in inside if name != document["answer"] and MASK not in name})
-        if names:
-            target = rng.choice(names)
-            ids = _hide(target, text[start:end], tokenizer, chunk_tokens)
-            if l > k + offset:
-                k = rng.randint(l - offset, count if window == "after" else count - 1)
-            return Recall(k, l, ids, target)
-    return None
-
-
-def _hide(target, text, tokenizer, chunk_tokens):
-    masked, _ = mask(text, target, placeholder=TARGET)
-    ids = tokenizer(masked, add_special_tokens=False, verbose=False)["input_ids"]
-    before = masked.find(TARGET)
-    after = len(masked) - masked.rfind(TARGET) - len(TARGET)
-    return ids[-chunk_tokens:] if before > after else ids[:chunk_tokens]
-
-
-def show(args):
-    """Print a document and its answer; with --tokenizer chunk by chunk, and a recall."""
-    documents = load_documents(args.dir, args.split, args.ner)
-    if not 0 <= args.document < len(documents):
-        count = f"{args.split} has {len(documents)} documents"
-        raise InputError(f"{args.dir}: {count}, --document counts from 0")
-    document = documents[args.document]
-    text = document["text"]
-    counts = f"{text.count(MASK)} masks, {len(document['entities'])} entities"
-    print(f"document {document['id']}: {len(text.split())} words, {counts}")
-    if document.get("question"):
-        print(f"---- question: {document['question']}")
-
-    if args.tokenizer:
-        import transformers
-
-        with explained(f"--tokenizer {args.tokenizer}: can't be loaded", OSError, ValueError):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-        parts = chunks(text, tokenizer, args.chunk_tokens)
-        for number, part in enumerate(parts, 1):
-            print(f"\n---- chunk {number} of {len(parts)} ({len(part.ids)} tokens) ----")
-            print(text[part.start : part.end].strip())
-        recall = draw_recall(document, parts, tokenizer, args.chunk_tokens, random.Random(0))
-        if recall:
-            where = f"after turn {recall.k}, {TARGET} in chunk {recall.l}"
-            print(f"\n---- a recall: {where} is {recall.target!r}")
-    else:
-        print(f"\n{text}")
-    print(f"\n---- answer: {MASK} is {document['answer']!r}")
-
-
-# ---- Questions (sections 6 to 8) -----------------------------------------------------------------
-
-QUESTION_COLUMNS = (
-    "id _id index question input answers golden_answers answer target context data_source prompt "
-    "reward_model.ground_truth extra_info.question extra_info.index extra_info.memtrain_id"
-).split()
-
-
-def load_questions(path, objectives=None, long=False):
-    """Questions of any of the field's formats, from a file, a folder or the Hub.
-
-    Gives a list of {"id", "source", "question", "answers": [str, ..], "context": str}. Read are
-    MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]},
-    FlashRAG's golden_answers, LongBench and BABILong. long: every question needs a context.
-    With objectives, rows of several questions each: those that a file has joined (MEM1's), and
-    others as pair_questions joins them. InputError for a row that lacks something.
-    """
-    if path == "BytedTsinghua-SIA/hotpotqa":
-        path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
-    rows = []
-    for place, row in read_rows(path, QUESTION_COLUMNS):
-        found = question_row(place, row, several=objectives is not None)
-        if long and not found["context"].strip():
-            raise InputError(f"{place}: a long-text question needs a context, this row has none")
-        rows.append(found)
-    if not rows:
-        raise InputError(f"{path}: no questions")
-    if not objectives:
-        return rows
-    joined = pair_questions(rows, objectives)
-    if not joined:
-        raise InputError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
-    return joined
-
-
-def question_row(place, row, several=False):
-    """One row of any format as a question; several: "answers" may be a list of lists.
-
-    >>> row = {"index": 3, "input": "Who?", "answers": "['Ann']", "context": [["A", "She did."]]}
-    >>> question_row("f:1", row) == {
-    ...     "id": "3", "source": "", "question": "Who?", "answers": ["Ann"],
-    ...     "context": "Document 1:\\nA\\nShe did."}
-    True
-    """
-    # the row's own fields, and those of MemAgent's and the released code's structs
-    own = {name: _plain(place, value) for name, value in row.items()}
-    structs = [own.get(name) for name in ("reward_model", "extra_info")]
-    model, extra = [struct if isinstance(struct, dict) else {} for struct in structs]
-
-    # each under the names that the formats have for it
-    identity = _first(extra.get("memtrain_id"), *map(own.get, ("id", "_id", "index")))
-    identity = _first(identity, extra.get("index"), place)
-    question = _first(own.get("question"), extra.get("question"))
-    context = _first(own.get("context"))
-    if question is None:
-        question = _first(own.get("input"), _prompt(own.get("prompt")))
-    elif context is None:  # BABILong's `input` is the text
-        context = _first(own.get("input"))
-    gold = _first(*map(own.get, ("answers", "golden_answers", "answer", "target")))
-    gold = _first(gold, model.get("ground_truth"))
-    golds = golds_of(place, gold)
-    for name, found in ("question", isinstance(question, str)), ("answer", golds):
-        if not found:
-            filled = [name for name in sorted(own) if _first(own[name]) is not None]
-            wanted = f"a question needs a question and an answer, this row has {filled}"
-            raise InputError(f"{place}: no {name}; {wanted}")
-
-    # a row of several questions has golds for each
-    question = question.strip()
-    if several:
-        check_joined(place, question, golds)
-    elif len(golds) > 1:
-        problem = f"golds of {len(golds)} questions at once"
-        raise InputError(f"{place}: {problem}; such rows are for --task searchqa alone")
-    if context is not None and not isinstance(context, str):
-        context = lay_out(paragraphs(place, own))
-    return {
-        "id": str(identity),
-        "source": str(_first(own.get("data_source")) or ""),
-        "question": question,
-        "answers": golds if len(golds) > 1 else golds[0],
-        "context": context or "",
-    }
-
-
-def _first(*values):
-    """The first that is not empty; None without."""
-    for value in values:
-        blank = isinstance(value, str) and not value.strip()
-        if not blank and value is not None and value != [] and value != {}:
-            return value
-    return None
-
-
-def _plain(place, value):
-    """The value with lists for arrays, text for bytes and None for NaN."""
-    if isinstance(value, bytes):
-        with explained(f"{place}: bytes that are not UTF-8", UnicodeDecodeError):
-            return value.decode()
-    if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {name: _plain(place, each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(place, each) for each in value]
-    return None if value != value else value
-
-
-def _prompt(prompt):
-    """The question of a conversation: its last message, or what follows `question:` in the last
-    line of that.
-
-    >>> _prompt([{"role": "user", "content": "Search.\\nAnswer these questions: Who?; Where?\\n"}])
-    'Who?; Where?'
-    """
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        prompt = prompt[-1].get("content")
-    if not isinstance(prompt, str) or not prompt.strip():
-        return None
-    last_line = prompt.strip().splitlines()[-1]
-    _, marker, asked = re.split(r"(?i)(\bquestions?:\s+|\Z)", last_line, maxsplit=1)
-    return asked if marker else prompt
-
-
-def golds_of(place, value):
-    """The golds of every question of a row, [[gold, ..], ..], or None where there are none.
-
-    Of one question "x", 5 or ["x", "y"], of several [["x"], ["y", "z"]], each also as
-    {"target": ..}, and each also printed as a text.
-
-    >>> golds_of("f:1", {"target": ["x", None]}), golds_of("f:1", "[['x'], ['y', 5.0]]")
-    ([['x']], [['x'], ['y', '5']])
-    """
-    if isinstance(value, str):
-        value = _unprinted(place, value)
-    if isinstance(value, dict) and "target" in value:
-        return golds_of(place, value["target"])
-    values = value if isinstance(value, list) else [value]
-    nested = any(isinstance(each, list) for each in values)
-    if nested and not all(isinstance(each, list) or each is None for each in values):
-        raise InputError(f"{place}: golds must be texts, or one list of texts for each question")
-
-    golds = []
-    for number, own in enumerate(values if nested else [values], 1):
-        golds.append([_gold(place, gold) for gold in own or [] if _first(gold) is not None])
-        if nested and not golds[-1]:
-            raise InputError(f"{place}: no gold for question {number} of {len(values)}")
-    return golds if golds[0] else None
-
-
-def _gold(place, value):
-    """A gold as text; of numbers, 5.0 stands for 5: a column with gaps is one of floats."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{place}: a gold must be a text, this is a {type(value).__name__}")
-    return str(value)
-
-
-def _unprinted(place, text):
-    """A list or a dict that went through str(), read back; any other text as it is."""
-    if not re.fullmatch(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", text, re.DOTALL):
-        return text
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError):
-        try:
-            return _plain(place, json.loads(text))
-        except json.JSONDecodeError:
-            if re.search(r"target|array\(|^\s*[\[{]\s*['\"]", text):
-                raise InputError(f"{place}: golds that can't be read: {text[:80]}") from None
-            return text
-    tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
-    kinds = [token.type for token in tokens if token.type != tokenize.NL]
-    if (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:]):
-        raise InputError(f"{place}: golds lost their commas, write them as a list: {text[:80]}")
-    return _plain(place, value) if isinstance(value, (list, dict)) else text
-
-
-def check_joined(place, question, golds):
-    """Questions joined by ";" must be as many as lists of golds; a question may hold a ";"."""
-    parts = list(filter(str.strip, question.split(";")))
-    surely = list(filter(str.strip, re.split(r"\?\s*;", question)))
-    if len(golds) not in (len(parts), len(surely)):
-        problem = f"{len(surely)} questions joined by ; but golds of {len(golds)}"
-        raise InputError(f"{place}: {problem}; repair or delete the row")
-
-
-def paragraphs(place, row):
-    """[(title, text), ..] from [[title, text or sentences], ..], [{title, text}, ..] or HotpotQA's
-    dict of lists."""
-    context, found = row.get("context") or [], []
-    try:
-        if isinstance(context, dict):
-            titles, texts = list(context["title"]), list(context["sentences"])
-            context = list(zip(titles, texts, strict=True))
-        for paragraph in context:
-            if isinstance(paragraph, dict):
-                paragraph = paragraph["title"], paragraph["text"]
-            title, text = paragraph
-            if isinstance(paragraph, str) or not isinstance(title, str):
-                raise TypeError
-            found.append((title, "".join(text)))  # sentences; a text is left whole
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{place}: context must be a text or [[title, text], ..]") from None
-    return found
-
-
-def lay_out(pairs):
-    """MemAgent's layout.
-
-    >>> lay_out([("Rome", "A city."), ("Nile", "A river.")])
-    'Document 1:\\nRome\\nA city.\\n\\nDocument 2:\\nNile\\nA river.'
-    """
-    numbered = enumerate(pairs, 1)
-    return "\n\n".join(f"Document {number}:\n{title}\n{text}" for number, (title, text) in numbered)
-
-
-def pair_questions(rows, objectives):
-    """Join consecutive questions of one source, `objectives` at a time; a rest is dropped.
-    Rows that hold several questions already stay as they are.
-
-    >>> rows = [{"id": n, "question": f"Q{n}?", "answers": [n]} for n in "abc"]
-    >>> pair_questions(rows, 2)
-    [{'id': 'a+b', 'source': '', 'question': 'Qa?; Qb?', 'answers': [['a'], ['b']], 'context': ''}]
-    """
-    joined, by_source = [], {}
-    for row in rows:
-        if isinstance(row["answers"][0], list):
-            joined.append({**row, "context": ""})
-        else:
-            by_source.setdefault(row.get("source", ""), []).append(row)
-
-    for source, own in by_source.items():
-        for first in range(0, len(own) - objectives + 1, objectives):
-            group = own[first : first + objectives]
-            joined.append({
-                "id": "+".join(row["id"] for row in group),
-                "source": source,
-                "question": "; ".join(row["question"] for row in group),
-                "answers": [row["answers"] for row in group],  # one list of golds per question
-                "context": "",
-            })  # fmt: skip
-    return joined
-
-
-def longqa(args):
-    """Write long documents: a question's own paragraphs among random others, no title twice.
-
-    Shuffled with a seed per question. MemAgent's sit at the same positions in every sample (one
-    shuffle seed); here the position says nothing.
-    """
-    from tqdm import tqdm
-
-    if not args.out.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"--out {args.out}: .jsonl or .jsonl.gz can be written")
-
-    # the questions with their paragraphs, and the pool of all paragraphs
-    rows, pool, without = [], {}, 0
-    for place, row in read_rows(args.questions, QUESTION_COLUMNS):
-        question, own = question_row(place, row), own_paragraphs(place, row)
-        if len(own) > args.documents:
-            problem = f"{len(own)} paragraphs of its own, --documents {args.documents} has no room"
-            raise InputError(f"{place}: {problem}")
-        pool.update(own)
-        if own:
-            rows.append((question, own))
-        else:
-            without += 1
-    if len(pool) < args.documents:
-        problem = f"{len(pool)} paragraphs of different titles"
-        raise InputError(f"{args.questions}: {problem}, --documents {args.documents} needs as many")
-
-    titles = list(pool)
-    with whole_or_nothing(args.out) as unfinished, open_text(str(unfinished), "wt") as file:
-        for question, own in tqdm(rows, desc="longqa", unit=" documents"):
-            rng = random.Random(f"{args.seed}/{question['id']}")
-            others = [title for title in rng.sample(titles, args.documents) if title not in own]
-            chosen = [*own.items(), *((title, pool[title]) for title in others)][: args.documents]
-            rng.shuffle(chosen)
-            row = {**question, "context": lay_out(chosen), "num_docs": len(chosen)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    size = f"{args.documents} documents each, out of {len(pool)} paragraphs"
-    print(f"{args.out}: {len(rows)} questions with {size}")
-    if without:
-        print(f"{without} questions have no paragraphs of their own and were left out")
-
-
-def own_paragraphs(place, row):
-    """{title: text} of the row; paragraphs of one title are joined."""
-    own = {}
-    if not isinstance(row.get("context"), str):
-        for title, text in paragraphs(place, row):
-            own[title] = f"{own[title]}\n{text}" if title in own else text
-    return own
-
-
 # ---- Retrieval (section 8) -----------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits between attempts at a search server
@@ -1258,12 +1002,12 @@ def open_retriever(source, encoder="bm25", cache=None):
 
     A passage is {"id", "title", "text", "score"}. source: a search server of Search-R1's contract
     (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a corpus in any form
-    that read_rows takes. encoder: see open_search. cache: folder for the vectors of a local file,
+    that read_rows takes. encoder: see open_index. cache: folder for the vectors of a local file,
     ~/.cache/memtrain by default; named after the file's path, size and time and the encoder.
     """
     if re.match("https?://", source):
         return functools.partial(_ask_server, source)
-    passages = [passage(place, row) for place, row in read_rows(source)]
+    passages = [passage(where, row) for where, row in read_rows(source)]
     if not passages:
         raise InputError(f"{source}: no passages")
     texts = [f"{found['title']}\n{found['text']}" for found in passages]
@@ -1274,7 +1018,7 @@ def open_retriever(source, encoder="bm25", cache=None):
         key = f"{os.path.abspath(source)} {stat.st_size} {stat.st_mtime_ns} {encoder}"
         folder = Path(cache or Path.home() / ".cache" / "memtrain")
         file = folder / f"vectors-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
-    search = open_search(texts, encoder, file)
+    search = open_index(texts, encoder, file)
 
     def retrieve(queries, k):
         found = []
@@ -1285,7 +1029,7 @@ def open_retriever(source, encoder="bm25", cache=None):
     return retrieve
 
 
-def open_search(texts, encoder="bm25", file=None):
+def open_index(texts, encoder="bm25", file=None):
     """The function (queries, k) -> for every query [(row of texts, score), ..], best first.
 
     encoder: "bm25", which leaves out what shares no word with the query, or a transformers model
@@ -1424,20 +1168,11 @@ COMMANDS = {  # flags: name, type, default (None: must be given), smallest value
         ("--passage_words", int, 160, 1, "words of a passage cut from an article"),
         ("--max_passages", int, 300_000, 0, "of the corpus, 0: all; some 6 kB of memory each"),
         ("--min_passages", int, 1, 1, "passages that hold the answer, the pivot included"),
-        ("--max_occurrences", int, 0, 0, "an entity stands fewer times in its passage, 0: any"),
-        ("--max_words", int, 0, 0, "an entity has fewer words, 0: any; released code: 5 and 8"),
         ("--processes", int, os.cpu_count(), 1, "processes that look for entities"),
         ("--seed", int, 0, None, "of all that is drawn"),
     ]),
-    "export": (export, "write documents in the released code's columns", [
-        ("dir", str, None, None, "folder that build wrote"),
-        ("--out", str, None, None, "new file, .parquet"),
-        ("--split", str, "train", None, "train or heldout"),
-        ("--question", str, QUESTION, None, "of documents without one of their own"),
-    ]),
     "show": (show, "print one document as the agent sees it", [
-        ("dir", str, None, None, "folder that build wrote, or file in the released code's columns"),
-        ("--ner", str, "en_core_web_sm", None, "what finds the entities of such a file"),
+        ("dir", str, None, None, "folder that build wrote"),
         ("--tokenizer", str, "", None, "model whose tokenizer cuts the chunks"),
         ("--chunk_tokens", int, 5120, 1, "tokens of a chunk"),
         ("--split", str, "train", None, "train or heldout"),

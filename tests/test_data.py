@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import MASK, TARGET, DataError
+from data import MASK, TARGET, InputError
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -320,9 +320,9 @@ def test_pivots_without_an_entity_are_replaced(tmp_path):
 def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
     texts = [f"filler {word} words" for word in "red green blue black white".split()]
     texts += ["zebra stripes filler", "zebra hooves filler"]
-    (hits,) = data.open_search(texts)([texts[5]], 3)
+    (hits,) = data.open_index(texts)([texts[5]], 3)
     assert [row for row, _ in hits][:2] == [5, 6]
-    (hits,) = data.open_search(["zebra", "lion", "bear"])(["zebra"], 3)
+    (hits,) = data.open_index(["zebra", "lion", "bear"])(["zebra"], 3)
     assert [row for row, _ in hits] == [0]
 
 
@@ -369,7 +369,7 @@ def test_documents_that_break_off_leave_nothing_and_a_folder_that_is_there_is_no
         data.save_documents(tmp_path / "docs", {"train": broken()})
     assert not list(tmp_path.iterdir())
     (tmp_path / "docs").mkdir()
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(InputError, match="is there already"):
         data.save_documents(tmp_path / "docs", {"train": []})
 
 
@@ -389,7 +389,7 @@ def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
 )
 def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentences, words):
     text = data.tidy(" ".join(sentences))
-    pieces = data.cut(text, words)
+    pieces = data.split_article(text, words)
     assert " ".join(pieces).split() == text.split()
     assert (
         len(text.split()) <= 2 * words
@@ -402,9 +402,9 @@ def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
     article = " ".join(
         f"Sentence {number} by Dr. Who has exactly nine words here." for number in range(100)
     )
-    pieces = data.cut(article, 160)
+    pieces = data.split_article(article, 160)
     assert all(piece.endswith("here.") and 140 <= len(piece.split()) <= 240 for piece in pieces)
-    assert data.cut(article[:1000], 160) == [article[:1000]]
+    assert data.split_article(article[:1000], 160) == [article[:1000]]
 
 
 # ---- chunks and recalls --------------------------------------------------------------------------
@@ -507,6 +507,42 @@ def test_chunks_without_an_entity_are_passed_over():
         data.draw_recall({**only_last, "entities": []}, parts[:1], encode, 1, random.Random(0))
         is None
     )
+
+
+def draws(tokenizer, chunks, count=8000, empty=()):
+    """(k, l) of recalls of a document with one entity in every chunk but those in `empty`."""
+    text, spans = "", []
+    for chunk in range(chunks):
+        name = "none" if chunk + 1 in empty else f"Ann{chunk}"
+        spans += [[len(text), len(text) + len(name)]] if name != "none" else []
+        text += name + " ran to the town and back again. "
+    size = 40
+    parts = [
+        data.Chunk([], start, start + len(text) // chunks)
+        for start in range(0, len(text), len(text) // chunks)
+    ]
+    document, rng = {"text": text, "answer": "Paris", "entities": spans}, random.Random(0)
+    found = [
+        data.draw_recall(document, parts[:chunks], tokenizer, size, rng)
+        for _ in range(count)
+    ]
+    return [(recall.k, recall.l) for recall in found if recall]
+
+
+def test_after_asks_for_sections_that_were_read_before_turn_k(tokenizer):
+    found = draws(tokenizer, 5)
+    assert set(found) == {(k, l) for k in range(2, 6) for l in range(1, k)}
+
+
+def test_a_section_without_entities_is_replaced_by_one_that_goes_with_the_step(tokenizer):
+    for empty in [{2, 3}, {2, 3, 4}, {2, 3, 4, 5}]:
+        found = draws(tokenizer, 5, 300, empty)
+        assert {l for _, l in found} == {l for l in range(1, 5) if l not in empty}
+        assert all(l < k <= 5 for k, l in found)
+
+
+def test_a_document_of_one_section_is_asked_for_that(tokenizer):
+    assert set(draws(tokenizer, 1, 9)) == {(1, 1)}
 
 
 def test_show_prints_chunks_masks_and_the_answer(corpus, tmp_path, tokenizer, capsys):
@@ -629,7 +665,7 @@ PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
     ("parquet", MEMAGENT),
     ("jsonl", {**MEMAGENT, "extra_info": {"index": 4}}),  # the question stands in the prompt alone
     ("json", IN_THE_EVALUATION),
-    ("json", {**IN_THE_EVALUATION, "answers": "['Ann', 'Anna']", "index": "4"}),
+    ("json", {**IN_THE_EVALUATION, "answers": '["Ann", "Anna"]', "index": "4"}),
     ("jsonl.gz", {**PLAIN, "context": [["A", "b"]]}),
     ("jsonl", {**PLAIN, "context": [["A", ["b"]]]}),
     ("jsonl", {**PLAIN, "context": {"title": ["A"], "sentences": [["b"]]}}),
@@ -656,14 +692,14 @@ def test_questions_may_come_in_any_form(kind, row, tmp_path):
 @pytest.mark.parametrize(
     "answer, golds",
     [
-        ("['x', \"y's\"]", ["x", "y's"]),
+        ('["x", "y\'s"]', ["x", "y's"]),
         ("[sic]", ["[sic]"]),
         ("x", ["x"]),
         (["['x']"], ["['x']"]),
         (1992, ["1992"]),
     ],
 )
-def test_answers_that_went_through_str_are_read_back(answer, golds):
+def test_golds_as_json_text_are_read_and_other_text_is_a_gold(answer, golds):
     assert data.question_row("f:1", {"question": "Who?", "answers": answer})["answers"] == golds
 
 
@@ -672,7 +708,7 @@ def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for
         "question": "Who?; Where?",
         "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}},
     }
-    with pytest.raises(DataError, match="f:1: golds of 2 questions at once"):
+    with pytest.raises(InputError, match="f:1: golds of 2 questions at once"):
         data.question_row("f:1", row)
 
 
@@ -690,6 +726,161 @@ def test_questions_are_paired_within_their_source_in_order(count):
         members = range(number * count, (number + 1) * count)
         assert row["question"] == "; ".join(f"a{n}?" for n in members)
         assert row["answers"] == [[n] for n in members]
+
+# ---- questions as other code bases have them ----------------------------------------------------
+
+
+def pairs_row(number=0):
+    """A row in the columns of the released search training file."""
+    joined = f"Who is {number}?; Where; or when, is {number}?"
+    return {
+        "data_source": "nq_hotpotqa",
+        "prompt": [
+            {
+                "content": f"Search; then answer.\n\nAnswer these questions: {joined}\n",
+                "role": "user",
+            }
+        ],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": [["Ann", "Anna"], ["Rome"]]}},
+        "extra_info": {"index": number, "split": "train", "question": joined},
+    }
+
+
+def write_rows(path, rows):
+    return (as_parquet if path.suffix == ".parquet" else write_jsonl)(path, rows)
+
+
+def changed(row, name, value):
+    """The row with another value in a field; "a.b" is a field of a struct."""
+    first, _, rest = name.partition(".")
+    return row | {first: changed(row[first] or {}, rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_joined_questions_stay_as_they_are_whatever_the_number_asked_for(
+    objectives, ending, tmp_path
+):
+    path = write_rows(tmp_path / f"train.{ending}", [pairs_row(number) for number in range(3)])
+    rows = data.load_questions(path, objectives)
+    assert [row["question"] for row in rows] == [
+        pairs_row(n)["extra_info"]["question"] for n in range(3)
+    ]
+    assert all(row["answers"] == [["Ann", "Anna"], ["Rome"]] for row in rows)
+
+
+def test_single_questions_beside_joined_ones_are_joined_as_ever(tmp_path):
+    singles = [{"question": f"Q{n}?", "answers": [f"a{n}"]} for n in range(5)]
+    rows = data.load_questions(write_rows(tmp_path / "train.jsonl", [pairs_row(), *singles]), 2)
+    assert [row["question"] for row in rows[1:]] == ["Q0?; Q1?", "Q2?; Q3?"] and len(rows) == 3
+
+
+@pytest.mark.parametrize("golds", [
+    {"target": [["Ann", "Anna"], ["Rome"]]},
+    [["Ann", "Anna"], ["Rome"]],
+    '{"target": [["Ann", "Anna", null], ["Rome"]]}',
+    {"target": '[["Ann", "Anna"], ["Rome"]]'},
+    {"target": np.array([np.array(["Ann", "Anna"], object), np.array(["Rome"], object)], object)},
+    {"target": [["Ann", None, "", "Anna"], ["Rome", float("nan")]]},
+    {"target": [[b"Ann", "Anna"], ["Rome"]]},
+])  # fmt: skip
+def test_golds_of_several_questions_are_read_however_they_are_written(golds):
+    row = changed(pairs_row(), "reward_model.ground_truth", golds)
+    row["prompt"] = np.array(row["prompt"], object)
+    assert data.question_row("f:1", row, several=True)["answers"] == [["Ann", "Anna"], ["Rome"]]
+
+
+@pytest.mark.parametrize("golds, words", [
+    ({"target": [["Ann"], []]}, "no gold for question 2 of 2"),
+    ({"target": [["Ann"], None]}, "no gold for question 2 of 2"),
+    ({"target": [["Ann"], "Rome"]}, "golds must be texts"),
+    ({"target": [["Ann"], [None]]}, "no gold for question 2 of 2"),
+    ({"target": [["Ann"], [""]]}, "no gold for question 2 of 2"),
+    ({"target": [["Ann"], [float("nan")]]}, "no gold for question 2 of 2"),
+    ({"target": [["Ann"], [True]]}, "this is a bool"),
+    ({"target": [["Ann"], [{"value": "Rome"}]]}, "this is a dict"),
+    ({"target": [["Ann"]]}, "2 questions joined by ; but golds of 1"),
+    ({"target": ["Ann", "Rome"]}, "2 questions joined by ; but golds of 1"),
+    ({"target": [["a"], ["b"], ["c"], ["d"]]}, "2 questions joined by ; but golds of 4"),
+    ({"target": []}, "no answer"),
+    ({"target": None}, "no answer"),
+    ({"gold": [["Ann"], ["Rome"]]}, "this is a dict"),
+    (None, "no answer"),
+    (b"\xff", "not UTF-8"),
+])  # fmt: skip
+def test_golds_that_do_not_go_with_their_questions_are_named_in_one_line(golds, words, tmp_path):
+    row = changed(pairs_row(), "reward_model.ground_truth", golds)
+    with pytest.raises(InputError, match=f"f:7: .*{words}") as error:
+        data.question_row("f:7", row, several=True)
+    assert "\n" not in str(error.value)
+
+
+def test_joined_questions_are_refused_where_one_is_answered(tmp_path):
+    path = write_rows(tmp_path / "train.parquet", [pairs_row()])
+    with pytest.raises(InputError, match="row 1: golds of 2 questions at once; .*searchqa"):
+        data.load_questions(path)
+
+
+def test_too_few_questions_to_join_are_an_error(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"]}])
+    with pytest.raises(InputError, match="1 questions, --objectives 2 needs more"):
+        data.load_questions(path, 2)
+
+
+@real
+def test_the_real_pairs_load_as_pairs():
+    rows = data.load_questions(str(REAL / "released_shaped_pairs.parquet"), 3)
+    assert len(rows) == 100 and all(len(row["answers"]) == 2 for row in rows)
+    assert not any("Question:" in row["question"] for row in rows)
+
+
+@pytest.mark.parametrize("context", [None, "", "  ", []])
+def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
+    good = {"question": "Who?", "answers": ["Ann"], "context": "Ann ran."}
+    path = write_rows(tmp_path / "q.jsonl", [good, good | {"context": context}])
+    assert len(data.load_questions(path)) == 2
+    with pytest.raises(InputError, match="q.jsonl:2: a long-text question needs a context"):
+        data.load_questions(path, long=True)
+
+
+@pytest.mark.parametrize("answers, golds", [
+    (["Ann", None], ["Ann"]), (np.array(["Ann", "Anna"], object), ["Ann", "Anna"]),
+    (b"Ann", ["Ann"]), (1992.0, ["1992"]), (2.5, ["2.5"]),
+    ({"target": "Ann"}, ["Ann"]), ({"target": ["Ann"]}, ["Ann"]),
+    ({"target": [["Ann", "Anna"]]}, ["Ann", "Anna"]), ("{1, 2}", ["{1, 2}"]),
+])  # fmt: skip
+def test_golds_of_one_question_are_read_however_they_are_written(answers, golds):
+    assert data.question_row("f:1", {"question": "Who?", "answers": answers})["answers"] == golds
+
+
+GOOD = {"question": "Who?", "answers": ["Ann"]}
+
+
+@pytest.mark.parametrize("row, words", [
+    (GOOD | {"answers": float("nan")}, "no answer"),
+    (GOOD | {"question": float("nan")}, "no question"),
+    (GOOD | {"question": 5}, "no question"),
+    (GOOD | {"answers": [True]}, "this is a bool"),
+    (GOOD | {"answers": [["Ann"], "Bob"]}, "golds must be texts"),
+    (GOOD | {"answers": {"text": ["Ann"]}}, "this is a dict"),
+    (GOOD | {"context": 5}, "context must be"),
+    (GOOD | {"context": ["ab"]}, "context must be"),
+    (GOOD | {"context": [{"name": "a", "body": "b"}]}, "context must be"),
+    (GOOD | {"context": [["a", None]]}, "context must be"),
+    (GOOD | {"context": {"title": ["a", "b"], "sentences": [["c"]]}}, "context must be"),
+])  # fmt: skip
+def test_rows_of_wrong_types_are_named_in_one_line(row, words):
+    with pytest.raises(InputError, match=f"f:3: .*{words}"):
+        data.question_row("f:3", row)
+
+
+def test_the_gold_that_the_reward_uses_wins_over_a_solution_beside_it():
+    row = {
+        "reward_model": {"ground_truth": "72"},
+        "extra_info": {"question": "How many?", "answer": "48 + 24 = 72"},
+    }
+    assert data.question_row("f:1", row)["answers"] == ["72"]
 
 
 # ---- long documents ------------------------------------------------------------------------------
@@ -896,12 +1087,12 @@ def test_a_search_server_that_fails_or_is_late_and_recovers_is_asked_again(serve
 
 def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(server):
     server.plan = [503] * 9
-    with pytest.raises(DataError, match="no answer in 5 attempts.*503"):
+    with pytest.raises(InputError, match="no answer in 5 attempts.*503"):
         data.open_retriever(server.url)(["a"], 1)
     server.plan = [404] * 9
-    with pytest.raises(DataError, match="no answer in 5 attempts.*404"):
+    with pytest.raises(InputError, match="no answer in 5 attempts.*404"):
         data.open_retriever(server.url)(["a"], 1)
-    with pytest.raises(DataError, match="no answer"):
+    with pytest.raises(InputError, match="no answer"):
         data.open_retriever("http://127.0.0.1:9/retrieve")(["a"], 1)
 
 
@@ -960,18 +1151,18 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
         ("broken.json", "not JSON.*line 3"),
         ("book.epub", "unknown kind of file"),
     ]:
-        with pytest.raises(DataError, match=f"{name}: {message}"):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
             list(data.read_rows(str(tmp_path / name)))
-    with pytest.raises(DataError, match="q.jsonl:1: no answer; a question needs"):
+    with pytest.raises(InputError, match="q.jsonl:1: no answer; a question needs"):
         data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
-    with pytest.raises(DataError, match="q.jsonl:1: context must be"):
+    with pytest.raises(InputError, match="q.jsonl:1: context must be"):
         data.load_questions(
             write_jsonl(
                 tmp_path / "q.jsonl",
                 [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}],
             )
         )
-    with pytest.raises(DataError, match="no documents here"):
+    with pytest.raises(InputError, match="no documents here"):
         data.load_documents(tmp_path, "train")
 
 
@@ -1048,7 +1239,7 @@ def test_real_articles_become_documents_of_the_papers_size(tmp_path):
 @pytest.mark.parametrize("name, count", [
     ("rulerhqa_shaped_50.json", 16), ("hotpotqa_train.jsonl.gz", 700),
     ("musique_dev_even.jsonl.gz", 250), ("popqa_even.jsonl.gz", 968),
-    ("nq_dev_even.jsonl.gz", 1805), ("released_shaped_mask.parquet", 12),
+    ("nq_dev_even.jsonl.gz", 1805),
 ])  # fmt: skip
 def test_real_questions_load(name, count):
     rows = data.load_questions(str(REAL / name))

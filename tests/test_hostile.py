@@ -205,7 +205,7 @@ def test_a_broken_file_is_named_in_one_line_by_every_loader(how, ending, tmp_pat
     if how not in BROKEN_QUESTIONS:
         loaders.append(lambda path: data.open_retriever(path, cache=str(tmp_path / "cache")))
     for load in loaders:
-        with pytest.raises(data.DataError) as error:
+        with pytest.raises(data.InputError) as error:
             load(str(file))
         assert "\n" not in str(error.value) and file.name in str(error.value)
 
@@ -220,7 +220,7 @@ def test_half_a_compressed_or_parquet_file_is_an_error_in_one_line(tmp_path):
     for file in tmp_path.iterdir():
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(data.DataError, match=file.name):
+        with pytest.raises(data.InputError, match=file.name):
             data.load_questions(str(file))
 
 
@@ -231,5 +231,5 @@ def test_a_byte_order_mark_and_equal_ids_are_no_errors(tmp_path):
 
 def test_passages_without_a_single_word_are_an_error(tmp_path):
     (tmp_path / "file.jsonl").write_bytes(lines({"title": "!", "text": "?!"}))
-    with pytest.raises(data.DataError, match="no word"):
+    with pytest.raises(data.InputError, match="no word"):
         data.open_retriever(str(tmp_path / "file.jsonl"), cache=str(tmp_path / "cache"))

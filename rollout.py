@@ -102,8 +102,8 @@ TEMPLATES = {
 def structure_of(tokenizer):
     """The spellings that must not be forged: tags of ours, special tokens and added ones that look
     like structure (`<|im_end|>`, `</think>`). Added words ("Rome") and a pad token "0" are text."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    special, added = set(tokenizer.all_special_tokens), tokenizer.added_tokens_decoder.values()
+    special |= {str(token) for token in added if token.special}
     spellings = {token for token in special if re.search(r"[^\w\s]", token)}
     spellings |= {token for token in map(str, added) if re.fullmatch(r"[<\[{].+[>\]}]", token)}
     for tag in TAGS:
@@ -111,20 +111,22 @@ def structure_of(tokenizer):
     return spellings - {"[MASK]", "[TARGET]"}
 
 
-def cleaner(structure):
+def cleaner(tokenizer):
     """A function text -> text of the same length in which nothing can pass for structure.
 
-    Every spelling in `structure` loses its first character to a look-alike; lone surrogates, which
+    Every spelling of structure loses its first character to a look-alike; lone surrogates, which
     no tokenizer takes, become U+FFFD. The length stays, so that character spans stay valid.
     (`split_special_tokens` would miss added tokens that are not 'special'.)
 
-    >>> clean = cleaner({"<|im_end|>", "</memory>", "</think>"})
-    >>> clean("a<|im_end|> <b> </memory> [MASK] </think>")
-    'a‹|im_end|> <b> ‹/memory> [MASK] ‹/think>'
+    >>> from types import SimpleNamespace
+    >>> tokens = dict(all_special_tokens=["<|im_end|>", "0"], added_tokens_decoder={})
+    >>> clean = cleaner(SimpleNamespace(**tokens))
+    >>> clean("a<|im_end|> <b> </memory> [MASK] 100")
+    'a‹|im_end|> <b> ‹/memory> [MASK] 100'
     """
     # the first character of each, where the rest follows
     patterns = ["[\ud800-\udfff]"]
-    for token in sorted(structure):
+    for token in sorted(structure_of(tokenizer)):
         patterns.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
     forged = re.compile("|".join(patterns))
 
@@ -224,8 +226,7 @@ class Prompts:
                 "or set tokenizer.chat_template"
             )
         self.tokenizer = tokenizer
-        structure = structure_of(tokenizer)
-        self.clean = cleaner(structure)
+        self.clean = cleaner(tokenizer)
         swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
         for name, text in (TEMPLATES | (texts or {})).items():
             if order == "chunk_first":
@@ -238,7 +239,7 @@ class Prompts:
             self.information.append(tokenizer(tag, add_special_tokens=False)["input_ids"])
 
         # what is no text of a response: all_special_ids lacks special tokens without a role
-        self.special_ids = {tokenizer.eos_token_id}
+        self.special_ids, structure = {tokenizer.eos_token_id}, structure_of(tokenizer)
         for token_id, token in tokenizer.added_tokens_decoder.items():
             if token.special and str(token) in structure:
                 self.special_ids.add(token_id)
@@ -320,12 +321,9 @@ class Agent:
     document is the number of the row within its step.
     turns: what it has done, a `Turn` each, filled by `rollout`: `receive` finds the new one there.
     query: a text to search for before the next turn, whose results go to `inform(passages)`.
-    stop: None, or a method response_ids -> how many of them make a whole response although no end
-    token came, None while there is none.
     """
 
     query = None
-    stop = None
 
     def __init__(self, key):
         self.key = tuple(key)
@@ -338,6 +336,10 @@ class Agent:
     def receive(self, response_ids):
         """Takes the response to the last prompt."""
         raise NotImplementedError
+
+    def stop(self, response_ids):
+        """How many ids make a whole response although no end token came; None: all of them."""
+        return None
 
 class Reader(Agent):
     """Reads chunk after chunk into a memory, then answers from the memory alone.
@@ -451,8 +453,7 @@ class Searcher(Agent):
 def rollout(agents, sampler, search=None):
     """Runs all agents to their end, each turn of all of them in one call; fills `agent.turns`.
 
-    sampler: (prompts, limits, keys) -> list of `Response`, a key being the agent's and its turn;
-    where agents have a `stop`, it gets those too, as `stops`.
+    sampler: (prompts, limits, keys) -> list of `Response`, a key being the agent's and its turn.
     search: list of queries -> list of lists of passages.
     ValueError where two agents have the same key, and so would draw the same noise.
     """
@@ -469,13 +470,11 @@ def rollout(agents, sampler, search=None):
         prompts = [ids for _, ids, _ in waiting]
         limits = [limit for _, _, limit in waiting]
         keys = [(*agent.key, len(agent.turns)) for agent, _, _ in waiting]
-        stops = [agent.stop for agent, _, _ in waiting]
-        ends = {"stops": stops} if any(stops) else {}
-        responses = sampler(prompts, limits, keys, **ends)
+        responses = sampler(prompts, limits, keys)
 
         # hand the responses back, and record what was seen and written
         for (agent, prompt, _), response in zip(waiting, responses, strict=True):
-            end = agent.stop(response.ids) if agent.stop else None
+            end = agent.stop(response.ids)
             ids, truncated = response.ids[:end], response.truncated and end is None
             agent.turns.append(Turn(prompt, ids, truncated, response.logps[:end]))
             agent.receive(ids)
@@ -576,7 +575,7 @@ class Sampler:
     after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
 
     model: a causal language model. seed: part of all noise, with the keys given in every call.
-    stops: of every prompt None, or its agent's `stop`: such a row leaves once that is satisfied.
+    stop: None, or what agents have as their own `stop`, so that such rows leave at once.
     share: False for a model with other than plain full attention in every layer (state-space
     layers, sliding windows, soft caps): every batch is then one plain `generate`.
     ValueError where a prompt and its limit outgrow the model's context.
@@ -584,11 +583,11 @@ class Sampler:
 
     def __init__(
         self, model, end_ids, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32,
-        seed=0, share=True,
+        seed=0, stop=None, share=True,
     ):  # fmt: skip
         self.model, self.end_ids = model, sorted(end_ids)
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.kv_tokens, self.segment, self.share = kv_tokens, segment, share
+        self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
         self.context = context_of(model)
 
         # older versions read shared prefixes wrongly, and say nothing
@@ -598,7 +597,7 @@ class Sampler:
             raise ImportError(f"transformers {transformers.__version__}: 5.17 or later is needed")
 
     @torch.no_grad()
-    def __call__(self, prompts, limits, keys, stops=None):
+    def __call__(self, prompts, limits, keys):
         from transformers import GenerationConfig
 
         longest = max(map(sum, zip(map(len, prompts), limits)), default=0)
@@ -611,7 +610,6 @@ class Sampler:
         # ones for now: what a config passed to `generate` leaves unset (top_k, repetition_penalty)
         # would be filled from those that came with the checkpoint.
         model, responses = self.model, [None] * len(prompts)
-        stops = stops or [None] * len(prompts)
         shipped, training = model.generation_config, model.training
         model.generation_config = GenerationConfig(
             eos_token_id=self.end_ids,
@@ -625,7 +623,7 @@ class Sampler:
             for batch in self._batches(prompts, limits):
                 rows = [i for _, members in batch for i in members]
                 noise = [uniform_noise((self.seed, *keys[i]), limits[i]) for i in rows]
-                for i, response in self._sample(batch, rows, prompts, limits, stops, noise):
+                for i, response in self._sample(batch, rows, prompts, limits, noise):
                     responses[i] = response
         finally:
             model.generation_config = shipped
@@ -703,7 +701,7 @@ class Sampler:
             **settings,
         )
 
-    def _sample(self, batch, rows, prompts, limits, stops, noise):
+    def _sample(self, batch, rows, prompts, limits, noise):
         """Yields (row, Response) as the rows of a batch finish."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -735,7 +733,7 @@ class Sampler:
             # hand out what is complete
             unfinished = []
             for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
-                response = self._response(new, limits[i], stops[i])
+                response = self._response(new, limits[i])
                 if response is None:
                     unfinished.append(row)
                 else:
@@ -751,11 +749,11 @@ class Sampler:
                 uniform = None if uniform is None else uniform[keep]
                 rows = [rows[row] for row in unfinished]
 
-    def _response(self, new, limit, stop):
+    def _response(self, new, limit):
         """The response that a row's new ids hold, None while it goes on."""
         ends = [n for n, token in enumerate(new[:limit], 1) if token in self.end_ids]
         ids = new[: ends[0] if ends else limit]
-        stopped = stop(ids) if stop else None
+        stopped = self.stop(ids) if self.stop else None
         if stopped or ends or len(new) >= limit:
             return Response(ids[:stopped], truncated=not (stopped or ends))
         return None

@@ -139,11 +139,14 @@ def train(cfg, device):
         getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
     rows = load_training(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
-    sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature)
-    setup = open_setup(cfg, policy, tokenizer, search=open_search(cfg), **sampling)
-    heldout = load_heldout(setup)
-    for asked, part in [(setup, rows), *heldout]:
-        check_context(asked, part, lm)
+    sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature, search=open_search(cfg))
+    setup = open_setup(cfg, policy, tokenizer, **sampling)
+    check_context(setup, rows, lm)
+    heldout = []  # [(setup of the task that answers, rows), ..]
+    for task, part in load_heldout(cfg).items():
+        answers = dataclasses.replace(cfg, task=task)
+        heldout.append((open_setup(answers, policy, tokenizer, **sampling), part))
+        check_context(*heldout[-1], lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,
@@ -192,8 +195,8 @@ def train(cfg, device):
         last = step + 1 == cfg.steps
         if heldout and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             metrics["heldout"] = evaluate(policy, heldout)
-        if metrics.get("unread") and step == done and leader:
-            tqdm.write(f"note: --max_chunks leaves {metrics['unread']:.0%} of the texts unread")
+        if metrics.get("unread"):
+            note("--max_chunks leaves a part of the texts unread: metric `unread`")
         bar.update()
         shown = list(mine)[:TRANSCRIPTS] if leader else []
         log(cfg, metrics, [transcript(setup, groups, step + 1, n, mine[n]) for n in shown])
@@ -646,9 +649,8 @@ def open_policy(path, device):
     leader = distributed.rank() == 0
     lm, tokenizer = distributed.load_model(path, torch.float32 if leader else "auto")
     shares = all_gather(grpo.Policy(lm).shares if leader else None)[0]
-    if leader and not shares:
-        name = type(lm).__name__
-        print(f"note: {name} can't share prefixes; every turn runs by itself", file=sys.stderr)
+    if not shares:
+        note(f"{type(lm).__name__} can't share prefixes; every turn runs by itself")
     return distributed.shard(grpo.Policy(lm, shares), device), tokenizer
 
 
@@ -669,11 +671,10 @@ def open_setup(cfg, policy, tokenizer, *, kv_tokens, search=None, temperature, t
         )
     except ValueError as error:
         raise InputError(f"--model {cfg.model}: {error}") from None
-    if prompts.thinks and distributed.rank() == 0:
-        print(
-            f"note: the chat template opens a thought ({prompts.thinks}) whatever it is told: it "
-            "counts as no memory and no answer, and takes of --memory_tokens and --answer_tokens",
-            file=sys.stderr,
+    if prompts.thinks:
+        note(
+            f"the chat template opens a thought ({prompts.thinks}) whatever it is told: that is "
+            "neither memory nor answer, and takes of --memory_tokens and --answer_tokens"
         )
 
     # a response ends as the model's own settings say, else as the chat template ends one
@@ -687,6 +688,7 @@ def open_setup(cfg, policy, tokenizer, *, kv_tokens, search=None, temperature, t
         top_p=top_p,
         kv_tokens=kv_tokens,
         seed=cfg.seed,
+        stop=prompts.closed if TASKS[cfg.task].reads == "searches" else None,
         share=policy.shares,
     )
     return Setup(cfg, prompts, sampler, search)
@@ -702,24 +704,31 @@ def open_search(cfg):
 
 
 def check_context(setup, rows, lm):
-    """InputError where instructions, question, what is read and the response could come to more
-    tokens than the model's context holds."""
-    cfg, prompts = setup.cfg, setup.prompts
-    problems = [prompts.encode(text) if text else prompts.problem for text in questions_of(rows)]
-    templates, read = (prompts.update, prompts.answer, prompts.recall), cfg.chunk_tokens
-    memory, response = cfg.memory_tokens, max(cfg.memory_tokens, cfg.answer_tokens)
-    if TASKS[cfg.task].reads == "searches":  # a Searcher sees its last response and the results
-        templates, read = (prompts.search,), cfg.result_tokens + sum(map(len, prompts.information))
-        memory, response = cfg.answer_tokens, cfg.answer_tokens
-    instructions = max(map(len, templates)) + max(map(len, problems), default=0)
-    longest = instructions + max(memory, len(prompts.no_memory)) + read + response
-    if longest > context_of(lm):
+    """InputError where a prompt and its response could outgrow the model's context."""
+    cfg, longest, context = setup.cfg, longest_turn(setup, rows), context_of(lm)
+    if longest > context:
         raise InputError(
             f"instructions, question, input and response can come to {longest} tokens, but the "
-            f"model's context holds {context_of(lm)}: lower --chunk_tokens {cfg.chunk_tokens}, "
+            f"model's context holds {context}: lower --chunk_tokens {cfg.chunk_tokens}, "
             f"--memory_tokens {cfg.memory_tokens}, --answer_tokens {cfg.answer_tokens} or "
             f"--result_tokens {cfg.result_tokens}"
         )
+
+
+def longest_turn(setup, rows):
+    """The most tokens that a prompt and its response can come to on these rows."""
+    cfg, prompts = setup.cfg, setup.prompts
+    problems = [prompts.encode(text) if text else prompts.problem for text in questions_of(rows)]
+    question = max(map(len, problems), default=0)
+    if TASKS[cfg.task].reads == "searches":  # a Searcher sees its last response and the results
+        shown = cfg.answer_tokens + cfg.result_tokens + sum(map(len, prompts.information))
+        turns = len(prompts.encode(str(cfg.turns)))
+        return len(prompts.search) + question + shown + turns + cfg.answer_tokens
+    memory = max(cfg.memory_tokens, len(prompts.no_memory))
+    update = len(prompts.update) + question + memory + cfg.chunk_tokens + cfg.memory_tokens
+    answer = len(prompts.answer) + question + memory + cfg.answer_tokens
+    recall = len(prompts.recall) + memory + cfg.chunk_tokens + cfg.answer_tokens
+    return max(update, answer, recall)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -745,13 +754,12 @@ def load_training(cfg):
     return sum(parts, [])
 
 
-def load_heldout(setup):
-    """What is evaluated while training: [(setup of the task that answers, rows), ..].
+def load_heldout(cfg):
+    """What is evaluated while training: {task that answers: rows}.
 
     Sources are what documents hold out, and --heldout; of each the first eval_documents. The task
     that trains answers what it can read, else memtrain documents and longqa questions."""
-    cfg, rows_of = setup.cfg, {}
-    on_documents = TASKS[cfg.task].reads == "documents"
+    on_documents, heldout = TASKS[cfg.task].reads == "documents", {}
     for path in dict.fromkeys([*cfg.data, *cfg.heldout] if on_documents else cfg.heldout):
         documents, task = data.holds_documents(path), cfg.task
         if documents != on_documents:
@@ -760,9 +768,9 @@ def load_heldout(setup):
         if path in cfg.heldout and not len(rows):
             raise InputError(f"{path}: none held out (data.py build --heldout N)")
         few = [rows[i] for i in range(min(cfg.eval_documents, len(rows)))]
-        rows_of.setdefault(task, []).extend(few)
-    setups = {task: setup._replace(cfg=dataclasses.replace(cfg, task=task)) for task in rows_of}
-    return [(setups[task], rows) for task, rows in rows_of.items() if rows]
+        if few:
+            heldout.setdefault(task, []).extend(few)
+    return heldout
 
 
 def questions_of(rows):
@@ -819,6 +827,13 @@ def unread(chunks):
 
 
 # ------------------------------------------------------------------------------ what is reported
+
+
+@functools.cache  # each once
+def note(text):
+    """What a user should know, on rank 0."""
+    if distributed.rank() == 0:
+        tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def mean(values):

@@ -1,5 +1,6 @@
 """Shared by the tests: small models, a tokenizer, the pocket world; made here, not downloaded."""
 
+import copy
 import os
 import signal
 import sys
@@ -111,3 +112,13 @@ def signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def longest_turn(prompts, problem, **settings):
+    """train.longest_turn for a question that is given as ids."""
+    import train
+
+    prompts = copy.copy(prompts)
+    prompts.problem = problem  # that of rows without a question of their own
+    setup = train.Setup(train.Config(**settings), prompts, None)
+    return train.longest_turn(setup, [{"question": None}])

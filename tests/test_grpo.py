@@ -70,7 +70,6 @@ def test_an_unknown_scale_is_refused(scale):
     (dict(aggregate="sequence", document="aab"), [1 / 8, 1 / 4, 1 / 6]),
     (dict(aggregate="sequence"), [1 / 6, 1 / 3, 1 / 9]),
     (dict(aggregate="token"), [1 / 6] * 3),
-    (dict(aggregate="constant", count=10), [1 / 30] * 3),
 ])  # fmt: skip
 def test_token_weights_worked_by_hand(how, expected):
     """Turns of 2, 1 and 3 tokens; expected: of a token of each."""
@@ -86,11 +85,10 @@ turns = st.tuples(st.integers(1, 9), st.integers(0, 2))  # length, document
 def test_token_weights_are_the_nested_means_of_equation_4(turns):
     """The loss of arbitrary token losses, against loops that take mean after mean."""
     lengths, documents = zip(*turns)
-    mean, tokens, per_turn, per_document = statistics.fmean, [], [], {}
+    mean, tokens, per_document = statistics.fmean, [], {}
     for turn, (length, document) in enumerate(turns):
         losses = [math.sin(10 * turn + token) for token in range(length)]
         tokens += losses
-        per_turn.append(sum(losses))
         per_document.setdefault(document, []).append(mean(losses))
 
     def weighted(*how, **kwargs):
@@ -100,28 +98,25 @@ def test_token_weights_are_the_nested_means_of_equation_4(turns):
     nested = mean(map(mean, per_document.values()))
     assert weighted("sequence", documents) == pytest.approx(nested, abs=1e-6)
     assert weighted("token") == pytest.approx(mean(tokens), abs=1e-6)
-    assert weighted("constant", count=9) == pytest.approx(mean(per_turn) / 9, abs=1e-6)
 
 
 def test_weights_of_nothing_are_empty_and_an_unknown_aggregate_is_refused():
-    for aggregate in ("sequence", "token", "constant"):
-        assert token_weights([], aggregate, document=[], count=4).shape == (0,)
-    with pytest.raises(ValueError, match="mean.*sequence, token or constant"):
+    for aggregate in ("sequence", "token"):
+        assert token_weights([], aggregate, document=[]).shape == (0,)
+    with pytest.raises(ValueError, match="mean.*sequence or token"):
         token_weights([1], "mean")
 
 
 # ------------------------------------------------------------------------------------------ loss
 
 
-def slow_token_loss(logp, old, ref, advantage, low, high, dual_clip, kl_coef):
+def slow_token_loss(logp, old, ref, advantage, low, high, kl_coef):
     """Equation 3 of one token, with one `if` per case, in Python's float64."""
     ratio = math.exp(logp - old)
     if advantage >= 0:
         gain = min(ratio, 1 + high) * advantage
     else:
         gain = max(ratio, 1 - low) * advantage
-        if dual_clip:
-            gain = max(gain, dual_clip * advantage)
     k3 = math.exp(ref - logp) - (ref - logp) - 1
     return -gain + kl_coef * k3
 
@@ -137,9 +132,8 @@ def random_numbers():
 
 
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4)])
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05])
-def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_coef):
+def test_loss_and_gradient_equal_a_slow_plain_version(low, high, kl_coef):
     logps, old, ref, advantages, weights = random_numbers()
     loss, _ = policy_loss(
         logps,
@@ -148,14 +142,13 @@ def test_loss_and_gradient_equal_a_slow_plain_version(low, high, dual_clip, kl_c
         weights,
         clip_low=low,
         clip_high=high,
-        dual_clip=dual_clip,
         ref_logps=ref if kl_coef else None,
         kl_coef=kl_coef,
     )
     loss.backward()
 
     # token by token; gradients by central differences
-    total, step, how = 0.0, 1e-6, (low, high, dual_clip, kl_coef)
+    total, step, how = 0.0, 1e-6, (low, high, kl_coef)
     columns = (logps, old, ref, advantages, weights, logps.grad)
     for logp, *rest, weight, gradient in zip(*[column.tolist() for column in columns]):
         total += weight * slow_token_loss(logp, *rest, *how)
@@ -186,20 +179,17 @@ def test_metrics_are_means_over_the_tokens():
     assert "kl" not in policy_loss(logps, old, advantages, weights)[1]
 
 
-@pytest.mark.parametrize("ratio, advantage, dual_clip, loss, gradient", [
-    (1.5, 1.0, None, -1.2, 0.0),  # good and already likelier: no more push
-    (0.5, 1.0, None, -0.5, -0.5),  # good but less likely: full push, by -ratio * advantage
-    (0.5, -1.0, None, 0.8, 0.0),
-    (1.5, -1.0, None, 1.5, 1.5),
-    (10.0, -1.0, None, 10.0, 10.0),
-    (10.0, -1.0, 3.0, 3.0, 0.0),
-    (10.0, 1.0, 3.0, -1.2, 0.0),
-    (2.0, -1.0, 3.0, 2.0, 2.0),
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.5, 1.0, -1.2, 0.0),  # good and already likelier: no more push
+    (0.5, 1.0, -0.5, -0.5),  # good but less likely: full push, by -ratio * advantage
+    (0.5, -1.0, 0.8, 0.0),
+    (1.5, -1.0, 1.5, 1.5),
+    (10.0, -1.0, 10.0, 10.0),
 ])  # fmt: skip
-def test_clip_and_dual_clip_worked_by_hand(ratio, advantage, dual_clip, loss, gradient):
+def test_the_clip_worked_by_hand(ratio, advantage, loss, gradient):
     logps = torch.tensor([ratio]).log().requires_grad_()
     old, weight, advantage = torch.zeros(1), torch.ones(1), torch.tensor([advantage])
-    value, _ = policy_loss(logps, old, advantage, weight, dual_clip=dual_clip)
+    value, _ = policy_loss(logps, old, advantage, weight)
     value.backward()
     assert float(value.detach()) == pytest.approx(loss)
     assert float(logps.grad) == pytest.approx(gradient)
@@ -462,11 +452,11 @@ def test_log_probs_stay_with_their_turns_whatever_the_order_or_the_kind_of_itera
         assert responses == [RESPONSES[i] for i in order]  # nothing was written into
 
 
-@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
 def test_the_gradient_of_a_step_does_not_depend_on_tokens_per_forward(aggregate):
     policy, lengths = Policy(tiny_model()), [len(response) for response in RESPONSES]
     documents = [i % 3 for i in range(len(TURNS))]
-    weights = token_weights(lengths, aggregate, documents, count=9).split(lengths)
+    weights = token_weights(lengths, aggregate, documents).split(lengths)
 
     def step(tokens_per_forward):
         policy.zero_grad()

@@ -10,6 +10,7 @@ import random
 import time
 
 import pytest
+from conftest import longest_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +80,9 @@ def test_hostile_text_and_hostile_memories_leave_a_readers_structure_and_its_bud
     for turn, empty in zip([*reader.turns, *recaller.turns], bare, strict=True):
         assert structure(prompts, turn.prompt_ids) == structure(prompts, empty)
         length = len(turn.prompt_ids) + len(turn.response_ids)
-        assert length <= prompts.longest(problem, 8, *sizes)
+        assert length <= longest_turn(
+            prompts, problem, chunk_tokens=8, memory_tokens=sizes[0], answer_tokens=sizes[1]
+        )
     for inserted in (problem, *sections):
         assert not any(tag in prompts.text(inserted) for tag in FORGED)
     rewards.exact_match(rewards.extract_boxed(reader.answer), [question])
@@ -101,7 +104,9 @@ def test_search_results_and_turns_forge_nothing_whatever_they_hold(
     for turn in searcher.turns:
         assert structure(prompts, turn.prompt_ids) == bare
         length = len(turn.prompt_ids) + len(turn.response_ids)
-        assert length <= prompts.longest_search(problem, *sizes)
+        assert length <= longest_turn(
+            prompts, problem, task="searchqa", answer_tokens=sizes[0], result_tokens=sizes[1]
+        )
         closed = CLOSED.findall(prompts.text(turn.response_ids))
         assert len(closed) <= 1  # a response ends at its first closing tag
     assert len(rewards.split_answers(searcher.answer, 2)) == 2

@@ -6,8 +6,7 @@ from os.path import commonprefix
 
 import pytest
 import torch
-import transformers
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, longest_turn, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -367,7 +366,9 @@ def test_longest_is_exactly_the_longest_prompt_and_response(
     for agent in rollout.rollout([reader, recaller], wordy):
         for turn in agent.turns:
             reached.append(len(turn.prompt_ids) + len(turn.response_ids))
-    assert prompts.longest(problem, chunk_tokens, *sizes) == max(reached)
+    sizes = dict(memory_tokens=memory_tokens, answer_tokens=answer_tokens)
+    longest = longest_turn(prompts, problem, chunk_tokens=chunk_tokens, **sizes)
+    assert longest == max(reached)
 
 
 # ------------------------------------------------------------------------------- shared prefixes
@@ -880,36 +881,3 @@ def test_generate_is_not_left_to_compile_by_itself_on_a_gpu():
     model.generate = generate
     Sampler(model, end_ids=[63])([[5, 6, 7]], [3], [(0,)])
     assert seen and all(seen) and not model.generation_config.disable_compile
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decoding_draws_the_same_and_its_few_graphs_serve_all_sizes_of_batches(
-    monkeypatch, dtype
-):
-    """As on a GPU, but that the graphs are run as they are, so that rounding is the same, too."""
-    from torch._dynamo.utils import counters
-
-    compile = torch.compile
-
-    def eager(model, *, mode, dynamic, **others):
-        assert (mode, dynamic) == ("default", True)  # no CUDA graphs, few recompilations
-        return compile(model, backend="eager", dynamic=True)
-
-    monkeypatch.setattr(torch, "compile", eager)
-    monkeypatch.setattr(transformers.CompileConfig, "_compile_all_devices", True)
-    torch.compiler.reset()
-    counters.clear()
-    policy, rng, graphs = grpo.Policy(tiny_model().to(dtype)), random.Random(0), []
-    for rows, length, limit in [(8, 20, 30), (5, 25, 40), (1, 9, 12), (7, 50, 20)]:
-        prompts = [[rng.randrange(64) for _ in range(length + row % 3)] for row in range(rows)]
-        keys, limits = [(row,) for row in range(rows)], [limit] * rows
-        samplers = [
-            Sampler(policy.lm, [63], segment=8, seed=1, compile=way) for way in (False, True)
-        ]
-        plain, compiled = [sampler(prompts, limits, keys) for sampler in samplers]
-        assert [response.ids for response in compiled] == [response.ids for response in plain]
-        for ours, theirs in zip(compiled, plain):
-            assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
-        graphs.append(counters["stats"]["unique_graphs"])
-    # one row alone may take a graph of its own, nothing else
-    assert 0 < graphs[0] == graphs[1] and graphs[2] == graphs[3] <= 4

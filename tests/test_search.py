@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import longest_turn, tiny_model
 
 import train
 from rollout import Prompts, Response, Sampler, Searcher, rollout
@@ -137,7 +137,8 @@ def test_a_search_without_results_says_so(prompts):
 def test_longest_search_bounds_every_prompt_and_response(prompts):
     wordy = "<think>" + "x " * 90 + "</think><search>Rome</search>"
     agent = play(prompts, [wordy, LAST], lambda queries: [PASSAGES * 50], result_tokens=64)
-    longest = prompts.longest_search(agent.problem, 200, 64)
+    sizes = dict(task="searchqa", answer_tokens=200, result_tokens=64)
+    longest = longest_turn(prompts, agent.problem, **sizes)
     for turn in agent.turns:
         assert len(turn.prompt_ids) + 200 <= longest
 

@@ -1,16 +1,16 @@
 """The paper's claims on the pocket world: every arm is trained for every seed, and asked by length.
 
-    python tests/study.py            four seeds; goes on where it was stopped
-    python tests/study.py --quick    one seed, few steps, short documents: minutes, proves nothing
-    python tests/study.py --arms full "warm + QA" "full + QA"    some of the arms
+    python tests/study.py            four seeds; continues where it was stopped
+    python tests/study.py --quick    one seed, few steps, short texts: minutes, proves nothing
 
-Starts tiny.py, train.py and eval.py as a user would, with one thread each, as many at a time as
-there are cores. Every seed has a world of its own: model, documents and questions. Leaves in --out:
-results.json (the raw numbers), report.md (the tables) and, where matplotlib is installed,
-figure.png. What it found so far stands in study.md.
+Starts warm_start.py, train.py and eval.py as a user would, with one thread each, as many seeds at a
+time as there are cores. Every seed has a world of its own: model, documents and questions. Leaves
+in --out: results.json (the raw numbers), report.md (the tables) and figure.png. What it found
+stands in study.md.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -24,23 +24,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import tiny  # noqa: E402
+import pocket  # noqa: E402
+import warm_start  # noqa: E402
 
-# "warm" is the model that tiny.py makes; an arm "X + QA" starts from arm X
+# "warm" is the model that warm_start.py makes; an arm "X + QA" starts from arm X
 OBJECTIVES = {
     "full": ["--objective", "full"],
     "decoupled": ["--objective", "decoupled"],
     "e2e": ["--objective", "e2e"],
     "shuffled": ["--shuffle_rewards"],
-    "window before": ["--recall_window", "before"],  # the released code's recalls
 }
-TWICE, AS_LONG, SLOWER = "warm + twice the QA", "warm + QA as long", "warm + QA at half the rate"
-POST_TRAINED = ["warm", *OBJECTIVES]
-ARMS = ["warm", *OBJECTIVES, TWICE, AS_LONG, SLOWER]
-ARMS += [f"{start} + QA" for start in POST_TRAINED]
+TWICE = "warm + twice the QA"
+ARMS = ["warm", *OBJECTIVES, TWICE, "warm + QA", *(f"{arm} + QA" for arm in OBJECTIVES)]
 DRAWN = ["warm", "full", "shuffled", "warm + QA", TWICE, "full + QA"]  # more would hide each other
 
-# The claims as differences between arms. "QA as long": as many steps as MemTrain + QA.
+# The claims as differences between arms.
 CLAIMS = {
     "(a) MemTrain alone": ("full", "warm"),
     "(b) MemTrain before QA": ("full + QA", "warm + QA"),
@@ -49,10 +47,6 @@ CLAIMS = {
     "(c) recall, alone": ("full", "e2e"),
     "(c) recall, before QA": ("full + QA", "e2e + QA"),
     "(d) MemTrain, not twice the QA": ("full + QA", TWICE),
-    "(d) MemTrain, not QA for all steps": ("full + QA", AS_LONG),
-    "the window of recalls, alone": ("full", "window before"),
-    "the window of recalls, before QA": ("full + QA", "window before + QA"),
-    "QA at half the learning rate": ("warm + QA", SLOWER),
     "control, alone": ("shuffled", "warm"),
     "control, before QA": ("shuffled + QA", "warm + QA"),
 }
@@ -62,78 +56,63 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # t at 97.5 %, by the 
 
 
 class Study:
-    """Worlds, runs and tables of all seeds, in one folder.
+    """Worlds, runs and tables of all seeds, in one folder. What is there is not made again.
 
-    steps: of MemTrain; qa_steps: of QA; warm_steps: of the warm start; lengths: of the documents
-    asked about, in trained ones. What is there already is not made again.
+    steps: of MemTrain; qa_steps: of QA; warm_steps: of the warm start; lengths: of the texts that
+        are asked about, in documents
     """
 
-    def __init__(self, out, seeds, *, steps, qa_steps, warm_steps, lengths, arms=ARMS):
+    def __init__(self, out, seeds, *, steps, qa_steps, warm_steps, lengths):
         self.out, self.lengths = Path(out), lengths
         self.steps, self.qa_steps, self.warm_steps = steps, qa_steps, warm_steps
         self.seeds = range(901, 901 + seeds)  # smaller ones served the design
-        starts = [arm.removesuffix(" + QA") for arm in arms]
-        self.arms = [arm for arm in ARMS if arm in ("warm", *starts, *arms)]
 
     def world(self, seed):
-        return self.out / f"tiny-{seed}"
+        return self.out / f"pocket-{seed}"
 
     def questions(self, seed, length):
-        return self.world(seed) / "questions" / f"heldout-{length}x.jsonl"
+        return self.world(seed) / f"questions/heldout-{length}x.jsonl"
 
-    def run_folder(self, arm, seed):
+    def folder(self, arm, seed):
         return self.out / f"{arm}-{seed}".replace(" ", "")
 
     def model(self, arm, seed):
-        return self.world(seed) / "model" if arm == "warm" else self.run_folder(arm, seed)
+        return self.world(seed) / "model" if arm == "warm" else self.folder(arm, seed)
 
     def table(self, arm, seed):
-        return self.run_folder(arm, seed).with_suffix(".json")
+        return self.folder(arm, seed).with_suffix(".json")
 
     def run(self):
-        """Trains and evaluates all arms."""
-        memtrain = ["--steps", self.steps, "--eval_every", self.steps]
-        longqa = ["--task", "longqa", "--eval_documents", 0, "--steps"]
-        arms, half = [], tiny.SETTINGS["lr"] / 2
-        for seed in self.seeds:
-            arms.append((AS_LONG, seed, "warm", [*longqa, self.steps + self.qa_steps]))
-            arms.append((TWICE, seed, "warm", [*longqa, 2 * self.qa_steps]))
-            arms.append((SLOWER, seed, "warm", [*longqa, self.qa_steps, "--lr", half]))
-            for arm, flags in OBJECTIVES.items():
-                arms.append((arm, seed, "warm", [*memtrain, *flags]))
-            for start in POST_TRAINED:
-                arms.append((f"{start} + QA", seed, start, [*longqa, self.qa_steps]))
-
-        # a job waits for the one that makes what it starts from, which has begun before it
+        """Trains and evaluates all arms of all seeds."""
         self.out.mkdir(parents=True, exist_ok=True)
-        jobs = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for seed in self.seeds:
-                jobs["warm", seed] = pool.submit(self.make_world, seed)
-            for arm, seed, start, flags in arms:
-                if arm in self.arms:
-                    before = jobs[start, seed]
-                    jobs[arm, seed] = pool.submit(self.train, before, arm, seed, start, flags)
-        for job in jobs.values():
-            job.result()
+            for job in [pool.submit(self.run_seed, seed) for seed in self.seeds]:
+                job.result()
 
-    def make_world(self, seed):
+    def run_seed(self, seed):
         world = self.world(seed)
         if not world.exists():
             flags = ["--seed", seed, "--steps", self.warm_steps, "--out", world]
-            self.start(f"{world}.log", "tiny.py", *flags)
+            self.start(f"{world}.log", "tests/warm_start.py", *flags)
         self.evaluate("warm", seed)
 
-    def train(self, before, arm, seed, start, flags):
-        before.result()
-        folder = self.run_folder(arm, seed)
+        memtrain = ["--steps", self.steps, "--eval_every", self.steps]
+        for arm, flags in OBJECTIVES.items():
+            self.train(arm, seed, "warm", [*memtrain, *flags])
+        longqa = ["--task", "longqa", "--eval_documents", 0, "--steps"]
+        self.train(TWICE, seed, "warm", [*longqa, 2 * self.qa_steps])
+        for start in ["warm", *OBJECTIVES]:
+            self.train(f"{start} + QA", seed, start, [*longqa, self.qa_steps])
+
+    def train(self, arm, seed, start, flags):
+        folder = self.folder(arm, seed)
         if not self.table(arm, seed).exists():
             flags = ["--model", self.model(start, seed), "--seed", seed, *flags]
             self.start(f"{folder}.log", "train.py", *flags, "--resume", "--out", folder)
             self.evaluate(arm, seed)
 
     def evaluate(self, arm, seed):
-        table, folder = self.table(arm, seed), self.run_folder(arm, seed)
+        table, folder = self.table(arm, seed), self.folder(arm, seed)
         if not table.exists():
             flags = ["--model", self.model(arm, seed), "--batch", 256, "--data"]
             for length in self.lengths:
@@ -147,38 +126,33 @@ class Study:
         with open(log, "a") as file:
             run = subprocess.run(command, stdout=file, stderr=file, env=environment)
         if run.returncode:
-            sys.exit(f"{' '.join(command)} failed: see {log}; started again, the study goes on")
+            sys.exit(f"{' '.join(command)} failed: see {log}; start the study again to continue")
         print(script, flags[-1], flush=True)
 
     # ------------------------------------------------------------------------------------ results
 
     def exact_match(self):
         """-> {arm: {length: a value for every seed}}, and the same for what needs no model."""
-        names = ["perfect relevance", "random facts", "guess", *self.arms]
-        results = {name: {length: [] for length in self.lengths} for name in names}
-        for seed in self.seeds:
-            tables = {
-                arm: json.loads(self.table(arm, seed).read_text())["table"] for arm in self.arms
-            }
-            for length in self.lengths:
-                rows = data.load_questions(str(self.questions(seed, length)))
-                for name, score in without_model(rows).items():
-                    results[name][length].append(score)
-                for arm in self.arms:
-                    results[arm][length].append(tables[arm][f"{length}x"]["em"][0])
+        results = {}
+        for seed, length in itertools.product(self.seeds, self.lengths):
+            found = without_model(data.load_questions(str(self.questions(seed, length))))
+            for arm in ARMS:
+                table = json.loads(self.table(arm, seed).read_text())["table"]
+                found[arm] = table[f"{length}x"]["em"][0]
+            for name, value in found.items():
+                results.setdefault(name, {}).setdefault(length, []).append(value)
         return results
 
-    def looks(self):
+    def heldout(self):
         """Exact match on held-out rows, before and after: {arm: {column: values by seed}}"""
         kinds = {"trajectory": "E2E", "recall": "recall", "questions": "questions"}
-        results = {arm: {} for arm in self.arms if arm in OBJECTIVES}
-        for arm, seed in [(arm, seed) for arm in results for seed in self.seeds]:
-            lines = (self.run_folder(arm, seed) / "metrics.jsonl").read_text().splitlines()
-            looks = [json.loads(line)["heldout"] for line in lines if "heldout" in line]
-            for kind in looks[0]:
-                for when, look in ("before", looks[0]), ("after", looks[-1]):
-                    column = f"{kinds[kind]} {when}"
-                    results[arm].setdefault(column, []).append(look[kind][0])
+        results = {arm: {} for arm in OBJECTIVES}
+        for arm, seed in itertools.product(OBJECTIVES, self.seeds):
+            lines = (self.folder(arm, seed) / "metrics.jsonl").read_text().splitlines()
+            found = [json.loads(line)["heldout"] for line in lines if "heldout" in line]
+            for kind, name in kinds.items():
+                results[arm].setdefault(f"{name} before", []).append(found[0][kind][0])
+                results[arm].setdefault(f"{name} after", []).append(found[-1][kind][0])
         return results
 
 
@@ -188,21 +162,15 @@ def without_model(rows):
     scores = {"perfect relevance": [], "random facts": [], "guess": []}
     for row in rows:
         rng, question = random.Random(row["id"]), row["question"].split()
-        facts = tiny.read(row["context"].split())
-        kept = [fact for fact in facts if rng.random() < tiny.ROOM / len(facts)]
-        memories = read_perfectly(question, facts, rng), sum(kept, []), []
-        for name, memory in zip(scores, memories):
-            scores[name].append(tiny.answer(question, memory, rng) in row["answers"])
+        facts = warm_start.read(row["context"].split())
+        kept = [fact for fact in facts if rng.random() < pocket.ROOM / len(facts)]
+        memory = []
+        for first in range(0, len(facts), pocket.FACTS_PER_CHUNK):
+            section = sum(facts[first : first + pocket.FACTS_PER_CHUNK], [])
+            memory = warm_start.update(question, memory, section, pocket.ROOM, rng, asked=(1, 1))
+        for name, known in zip(scores, [memory, sum(kept, []), []]):
+            scores[name].append(warm_start.answer(question, known, rng) in row["answers"])
     return {name: statistics.fmean(values) for name, values in scores.items()}
-
-
-def read_perfectly(question, facts, rng):
-    """The oracle's memory of a document if it took up and carried on all that is asked for."""
-    memory, step = [], tiny.FACTS_PER_CHUNK
-    for first in range(0, len(facts), step):
-        section = sum(facts[first : first + step], [])
-        memory = tiny.update(question, memory, section, tiny.ROOM, rng, asked=(1, 1))
-    return memory
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -234,46 +202,37 @@ def markdown(title, columns, rows):
                 line += f" ± {100 * half:.1f}"
             line += " |"
         lines.append(line)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n"
 
 
-def report(results, looks, lengths):
-    """The tables: exact match by length, the claims as paired differences, the looks."""
+def report(results, heldout, lengths):
+    """The tables: exact match by length, the claims as paired differences, held-out rows."""
     # a row: the values by length, then their mean up to 8x
-    rows, up_to_8x = {}, [length for length in lengths if length <= 8] or lengths
+    rows = {}
     for name, by_length in results.items():
-        columns = [by_length[length] for length in lengths]
-        averaged = zip(*(by_length[length] for length in up_to_8x))
-        rows[name] = [*columns, [statistics.fmean(values) for values in averaged]]
+        to_8x = zip(*(by_length[length] for length in lengths if length <= 8))
+        rows[name] = [*by_length.values(), [statistics.fmean(values) for values in to_8x]]
 
     # differences, seed by seed
     differences = {}
     for claim, (a, b) in CLAIMS.items():
-        if a not in rows or b not in rows:
-            continue
         cells = []
         for ours, theirs in zip(rows[a], rows[b]):
             cells.append([x - y for x, y in zip(ours, theirs)])
         differences[f"{claim}: {a} - {b}"] = cells
 
     columns = [f"{length}x" for length in lengths] + ["mean to 8x"]
-    rows_of_looks = {arm: list(by_column.values()) for arm, by_column in looks.items()}
-    tables = [
-        markdown("long-text QA, exact match in %", columns, rows),
-        markdown("difference in points, paired by seed", columns, differences),
-    ]
-    if looks:
-        columns = list(next(iter(looks.values())))
-        tables.append(markdown("held-out rows, exact match in %", columns, rows_of_looks))
-    return "\n".join(tables)
+    text = markdown("long-text QA, exact match in %", columns, rows)
+    text += markdown("difference in points, paired by seed", columns, differences)
+    rows = {arm: by_column.values() for arm, by_column in heldout.items()}
+    text += markdown("held-out rows, exact match in %", heldout["full"], rows)
+    return text + "± half a 95 % interval over seeds (Student's t); lengths in documents\n"
 
 
 def draw(path, results, lengths):
     """Exact match by length, after MemTrain alone and after QA: what needs no model, and DRAWN."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no figure: pip install matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -281,22 +240,16 @@ def draw(path, results, lengths):
     axes[0].set(title="after MemTrain alone", ylabel="exact match in %")
     axes[1].set(title="after post-training on long-text QA")
     for name, by_length in results.items():
-        if name in ARMS and name not in DRAWN:
-            continue
-        # a colour for every start, grey for what needs no model
-        style, sides = {"color": "grey", "linestyle": ":"}, axes
-        if name in ARMS:
-            color = f"C{ARMS.index(name.split(' + ')[0])}"
-            style = {"color": color, "linestyle": "--" if name == TWICE else "-", "marker": "o"}
-            sides = axes[1:] if "QA" in name else axes[:1]
-        means, halves = [], []
-        for length in lengths:
-            mean, half = spread(by_length[length])
-            means.append(100 * mean)
-            halves.append(100 * (half or 0))
-        bars = halves if name in ARMS else None
-        for side in sides:
-            side.errorbar(lengths, means, bars, label=name, capsize=2, **style)
+        points = [spread(by_length[length]) for length in lengths]
+        means = [100 * mean for mean, _ in points]
+        halves = [100 * (half or 0) for _, half in points]
+        if name not in ARMS:  # grey, on both sides
+            for side in axes:
+                side.plot(lengths, means, label=name, color="grey", linestyle=":")
+        elif name in DRAWN:  # a colour for every start
+            color, line = f"C{ARMS.index(name.split(' + ')[0])}", "--" if name == TWICE else "-"
+            style = dict(color=color, linestyle=line, marker="o", capsize=2, label=name)
+            axes[int("QA" in name)].errorbar(lengths, means, halves, **style)
 
     for side in axes:
         side.set_xscale("log", base=2)
@@ -307,40 +260,27 @@ def draw(path, results, lengths):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--seeds", type=int, default=4, help="[4]")
-    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="[all]")
-    add("--lengths", nargs="+", type=int, default=list(tiny.LENGTHS), help="in trained texts")
-    add("--quick", action="store_true", help="one seed, few steps, short documents")
-    add("--out", help="folder of all runs and results [runs/study, runs/quick-study]")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=4, help="[4]")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps, short texts")
+    parser.add_argument("--out", help="folder of all that is made [runs/study, runs/quick-study]")
     args = parser.parse_args()
+    out, seeds, lengths = args.out or "runs/study", args.seeds, list(pocket.LENGTHS)
+    sizes = {"steps": pocket.SETTINGS["steps"], "qa_steps": pocket.QA_STEPS}
+    sizes["warm_steps"] = warm_start.STEPS
     if args.quick:
-        out = args.out or "runs/quick-study"
-        sizes = dict(steps=4, qa_steps=2, warm_steps=100, lengths=[1, 2])
-        study = Study(out, seeds=1, arms=args.arms, **sizes)
-    else:
-        study = Study(
-            args.out or "runs/study",
-            args.seeds,
-            steps=tiny.SETTINGS["steps"],
-            qa_steps=tiny.QA_STEPS,
-            warm_steps=tiny.WARM_STEPS,
-            lengths=args.lengths,
-            arms=args.arms,
-        )
+        out, seeds, lengths = args.out or "runs/quick-study", 1, [1, 2]
+        sizes = {"steps": 4, "qa_steps": 2, "warm_steps": 100}
+    study = Study(out, seeds, lengths=lengths, **sizes)
     study.run()
 
-    results, looks = study.exact_match(), study.looks()
-    raw = {"exact match by length": results, "looks at held-out rows": looks}
+    results, heldout = study.exact_match(), study.heldout()
+    raw = {"exact match by length": results, "held-out rows": heldout}
     (study.out / "results.json").write_text(json.dumps(raw, indent=1) + "\n")
-    text = report(results, looks, study.lengths)
-    text += "\n± half a 95 % interval over seeds (Student's t); lengths in trained documents\n"
+    text = report(results, heldout, lengths)
     (study.out / "report.md").write_text(text)
     print(text)
-    draw(study.out / "figure.png", results, study.lengths)
+    draw(study.out / "figure.png", results, lengths)
 
 
 if __name__ == "__main__":

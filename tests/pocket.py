@@ -260,7 +260,7 @@ def trained_model():
 
 ROOM = 6  # facts that a memory holds
 SETTINGS = dict(  # defaults for train.py's flags
-    steps=40, documents_per_step=32, documents_per_update=32, recall_draw="document",
+    steps=40, documents_per_step=32, documents_per_update=0, recall_draw="document",
     chunk_tokens=FACTS_PER_CHUNK * FACT, memory_tokens=ROOM * FACT + 1,  # 1: the end token
     answer_tokens=12,
     lr=3e-4, kl=1e-2, warmup_steps=3, beta2=0.98, eval_every=0, gradient_checkpointing=False,
@@ -318,7 +318,7 @@ def save_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@distributed.one_line_errors()
+@distributed.one_line_errors(data.InputError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="cache/pocket", help="the folder to write [cache/pocket]")

@@ -495,14 +495,16 @@ def test_the_weights_that_come_with_it_know_every_kind_of_prompt(prompts):
         assert functional.cross_entropy(scores, ids) < most[kind], kind
 
 
-def configure(made, task):
-    return train.configure({"task": task, "model": f"{made}/model"})
+def read(made, task):
+    """-> the Config of a run of this task, its rows, and its held-out ones as {task: rows}"""
+    cfg = train.configure({"task": task, "model": f"{made}/model"})
+    heldout = train.load_heldout(train.Setup(cfg, None, None))
+    return cfg, train.load_training(cfg), {setup.cfg.task: rows for setup, rows in heldout}
 
 
 def test_train_takes_data_and_sizes_from_the_model_folder(made):
-    cfg = configure(made, "memtrain")
+    cfg, rows, heldout = read(made, "memtrain")
     assert (cfg.steps, cfg.chunk_tokens, cfg.lr) == (40, pocket.FACTS_PER_CHUNK * pocket.FACT, 3e-4)
-    rows, heldout = train.load_documents(cfg), train.load_heldout(cfg)
     assert (len(rows), len(heldout["memtrain"])) == (pocket.DOCUMENTS, 256)
     asked = pocket.questions(pocket.LENGTHS[1], "heldout 0", pocket.CHUNKS)
     assert heldout["longqa"] == [{**row, "source": ""} for row in asked]
@@ -510,9 +512,9 @@ def test_train_takes_data_and_sizes_from_the_model_folder(made):
     assert rows[3] == pocket.documents(4, "train 0")[3]
     assert heldout["memtrain"][3]["text"] == pocket.documents(4, "heldout 0")[3]["text"]
 
-    cfg = configure(made, "longqa")
-    rows, heldout = train.load_questions(cfg), train.load_heldout(cfg)["longqa"]
-    assert (len(rows), len(heldout)) == (pocket.LABELLED, pocket.LENGTHS[1])
+    cfg, rows, heldout = read(made, "longqa")
+    assert cfg.documents_per_update == cfg.documents_per_step == 32  # one update a step
+    assert (len(rows), len(heldout["longqa"])) == (pocket.LABELLED, pocket.LENGTHS[1])
     assert rows[5]["context"] == pocket.questions(6, "train 0")[5]["context"]
 
 
@@ -525,11 +527,10 @@ def test_held_out_questions_come_in_all_lengths(made):
 
 
 def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made):
-    cfg = configure(made, "searchqa")
-    rows, heldout = train.load_questions(cfg), train.load_heldout(cfg)["searchqa"]
-    assert (len(rows), len(heldout)) == (2048, 256)
+    cfg, rows, heldout = read(made, "searchqa")
+    assert (len(rows), len(heldout["searchqa"])) == (2048, 256)
     asked = []
-    for part in rows, heldout:
+    for part in rows, heldout["searchqa"]:
         asked.append({question.strip() for row in part for question in row["question"].split(";")})
     assert not asked[0] & asked[1] and len(asked[0]) == 144 and len(asked[1]) == 48
 
@@ -541,7 +542,7 @@ def test_held_out_searches_ask_what_training_never_asks_in_the_same_corpus(made)
 
 
 def test_the_model_folder_loads_with_its_prompts(made, alone, prompts):
-    cfg = configure(made, "searchqa")
+    cfg = train.configure({"task": "searchqa", "model": f"{made}/model"})
     policy, tokenizer = train.open_policy(cfg.model, alone)
     setup = train.open_setup(cfg, policy, tokenizer, kv_tokens=2**17, temperature=1.0)
     assert policy.shares and tokenizer.get_vocab() == pocket.ID

@@ -50,8 +50,9 @@ OTHERS = 0.5, 0.5  # .. if it is about others
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
-def oracle(prompts, limits, keys):
-    """A sampler: a `Response` is a function of its prompt, limit and key."""
+def oracle(prompts, limits, keys, stops=None):
+    """A sampler: a `Response` is a function of its prompt, limit and key; `stops` it leaves to
+    `rollout`, which cuts a response there as well."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {key} {prompt}")
@@ -250,7 +251,7 @@ def demonstrations(prompts, seed, count, chunks=pocket.CHUNKS):
     """The oracle's turns on `count` fresh documents and questions each and half as many searches:
     the same tasks as in training, with the oracle in the sampler's place. -> rows"""
     corpus = pocket.passages(seed)
-    best = data.open_search([row["text"] for row in corpus])
+    best = data.open_index([row["text"] for row in corpus])
 
     def lookup(queries):
         return [[corpus[i] for i, _ in hits] for hits in best(queries, 3)]
@@ -464,7 +465,7 @@ def descend(lm, optimizers, loss, scale):
     lm.zero_grad()
 
 
-@distributed.one_line_errors()
+@distributed.one_line_errors(data.InputError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of all that is made [0]")
@@ -474,7 +475,7 @@ def main(argv=None):
     out = args.out or f"cache/pocket-{args.seed}"
     torch.set_num_threads(1)  # two gain a third at best, and lose much where others work as well
     if args.steps < 1:
-        raise distributed.InputError("--steps: the warm start takes at least 1")
+        raise data.InputError("--steps: the warm start takes at least 1")
     if Path(out).exists():
         print(f"{out} is there already: delete it to make it anew")
         return

@@ -281,9 +281,9 @@ def _sampling(bench, prompts, limits):
 def chunk_first(bench, size):
     """The end-to-end task: Readers through all chunks, and the update on their turns. Both orders
     run our way; `plain` is the papers' order, memory first. Checked against the plain way."""
-    import tiny
+    import pocket
 
-    tokenizer, memory = tiny.tokenizer(), size["memory"]
+    tokenizer, memory = pocket.tokenizer(), size["memory"]
     chunks = bench.prompts(size["chunks"], size["chunk"])
 
     def read(order):

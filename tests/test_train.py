@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pocket
 import pytest
 import torch
 from conftest import tiny_model
@@ -21,13 +22,12 @@ import data
 import distributed
 import grpo
 import rewards
-import tiny
 import train
 from rollout import Prompts, Response, Turn
 
 ROOT = Path(__file__).parent.parent
 ALONE = ("data", "rollout", "rewards", "grpo", "distributed")  # import none of their siblings
-TOP = ("train", "eval", "tiny")
+TOP = ("train", "eval")
 
 SIZES = [
     "--documents_per_step", "4", "--documents_per_update", "4", "--group", "4", "--recalls", "4",
@@ -66,7 +66,7 @@ def test_a_file_imports_none_of_its_siblings(name):
 def test_train_stands_on_the_five_and_nothing_knows_the_pocket_world_or_the_evaluation():
     assert imports_of("train") & {*ALONE, *TOP} == set(ALONE)
     for name in (*ALONE, "train", "eval"):
-        assert not imports_of(name) & {"eval", "tiny"}
+        assert not imports_of(name) & {"eval", "pocket", "warm_start"}
 
 
 # ------------------------------------------------------------------------------------------- config
@@ -125,7 +125,7 @@ def pocket_setup(sampler, **changes):
     cfg = train.Config(
         chunk_tokens=6, memory_tokens=13, answer_tokens=6, group=4, recalls=2, **changes
     )
-    prompts = Prompts(tiny.tokenizer(), tiny.TEMPLATES, tiny.PROBLEM)
+    prompts = Prompts(pocket.tokenizer(), pocket.TEMPLATES, pocket.PROBLEM)
 
     def respond(asked, limits, keys):
         texts = [sampler(*key) for key in keys]
@@ -137,7 +137,7 @@ def pocket_setup(sampler, **changes):
 
 @pytest.mark.parametrize("objective", ["full", "decoupled", "e2e"])
 def test_rewards_stay_with_their_rows_and_follow_the_objective(objective):
-    rows = dict(zip((0, 2, 4), tiny.documents(3, seed=5)))  # as on the first of two ranks
+    rows = dict(zip((0, 2, 4), pocket.documents(3, seed=5)))  # as on the first of two ranks
     answers = {
         n: [row["answer"] if (n + j) % 3 == 0 else "wool" for j in range(4)]
         for n, row in rows.items()
@@ -166,29 +166,30 @@ def test_a_recall_reads_the_memory_that_was_written_at_its_step(monkeypatch):
 
     monkeypatch.setattr(data, "draw_recall", recorded)
     # memory t names city t
-    setup = pocket_setup(lambda *key: tiny.CITIES[key[-1] + 1], recall_draw="trajectory")
+    setup = pocket_setup(lambda *key: pocket.CITIES[key[-1] + 1], recall_draw="trajectory")
     prompts = setup.prompts
-    groups = train.memtrain(setup, dict(enumerate(tiny.documents(4, seed=5))), step="x")
+    groups = train.memtrain(setup, dict(enumerate(pocket.documents(4, seed=5))), step="x")
     asked = [group.agents[0].ids for group in groups if group.kind == "recall"]
     expected = [
-        prompts.recall(memory=prompts.encode(tiny.CITIES[r.k]), section=r.ids) for r in drawn
+        prompts.recall(memory=prompts.encode(pocket.CITIES[r.k]), section=r.ids) for r in drawn
     ]
     assert sorted(asked) == sorted(expected) and len({recall.k for recall in drawn}) > 1
 
 
 def test_a_document_may_bring_its_own_question():
-    row = tiny.documents(1, seed=5)[0]
+    row = pocket.documents(1, seed=5)[0]
     seen = []
     for question in (None, "Ada sells what ?"):
         setup = pocket_setup(lambda *key: "wool")
         groups = train.memtrain(setup, {0: {**row, "question": question}}, step="x")
         seen.append(setup.prompts.text(groups[-1].agents[0].turns[-1].prompt_ids))
-    assert tiny.PROBLEM in seen[0] and "Ada sells what ?" in seen[1] and tiny.PROBLEM not in seen[1]
+    assert pocket.PROBLEM in seen[0]
+    assert "Ada sells what ?" in seen[1] and pocket.PROBLEM not in seen[1]
 
 
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
     monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds, match: 0.25)
-    rows = {0: tiny.documents(1, seed=5)[0]}
+    rows = {0: pocket.documents(1, seed=5)[0]}
     groups = train.memtrain(
         pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x"
     )
@@ -417,7 +418,7 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
         and "heldout" in lines[2]
     )
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
-    assert len(sample["turns"]) == tiny.CHUNKS + 1 and len(sample["rewards"]) == 4
+    assert len(sample["turns"]) == pocket.CHUNKS + 1 and len(sample["rewards"]) == 4
     config = json.loads((run / "config.json").read_text())["config"]
     # kv_tokens 0: measured anew wherever the run goes on
     assert config["kv_tokens"] == 0 and config["steps"] == 2
@@ -577,7 +578,7 @@ def test_documents_that_data_py_built_from_text_are_trained_on_and_looked_at(
 def learn(monkeypatch, folder, pocket_model, *flags):
     """Sixteen steps in which an answer earns 1 if its first word is a city, whatever the document:
     what an untrained model can stumble on. -> mean reward of the first step and the last three"""
-    cities = {city.lower() for city in tiny.CITIES}
+    cities = {city.lower() for city in pocket.CITIES}
 
     def starts_with_a_city(answer, golds, match):
         return float(answer.lower().split(" ")[0] in cities)
@@ -648,8 +649,8 @@ def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypat
 @pytest.fixture(scope="module")
 def no_template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("no_template")
-    tiny.model().save_pretrained(folder)
-    tokenizer = tiny.tokenizer()
+    pocket.untrained_model().save_pretrained(folder)
+    tokenizer = pocket.tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -661,7 +662,7 @@ def no_template(tmp_path_factory):
         ("--model {pocket} --group 1", "--group 1"),
         ("--model {pocket} --data nowhere", "nowhere"),
         ("--model nowhere --data x", "nowhere"),
-        ("", "python tiny.py"),
+        ("", "python tests/pocket.py"),
         ("--model {pocket} --chunk_tokens 100000", "the model's context holds 4096"),
         ("--model {no_template}", "needs --data"),
         ("--model {no_template} --task longqa --data fine.jsonl", "chat template"),

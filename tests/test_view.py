@@ -11,15 +11,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pocket
 import pytest
 import torch
+import warm_start
 from transformers import Qwen3Config
 
 import data
 import distributed
 import eval as evaluation
 import rollout
-import tiny
 import train
 from rollout import Prompts, Reader, Response
 
@@ -39,18 +40,19 @@ HOSTILE = (
 def pocket_setup(respond, task="memtrain", **settings):
     """A Setup of the pocket world in which `respond` (memory, section, problem), words each, gives
     the words of every response; None for what a prompt lacks."""
-    prompts = Prompts(tiny.tokenizer(), tiny.TEMPLATES, tiny.PROBLEM)
+    prompts = Prompts(pocket.tokenizer(), pocket.TEMPLATES, pocket.PROBLEM)
 
     def sampler(asked, limits, keys):
         responses = []
         for ids in asked:
-            text = [tiny.VOCABULARY[i] for i in ids]
-            blocks = [tiny.block(text, tag) for tag in ("memory", "section", "problem")]
+            text = [pocket.VOCABULARY[i] for i in ids]
+            blocks = [warm_start.block(text, tag) for tag in ("memory", "section", "problem")]
             words = respond(*blocks)
-            responses.append(Response([*(tiny.ID[word] for word in words), tiny.ID["<|im_end|>"]]))
+            written = [pocket.ID[word] for word in words]
+            responses.append(Response([*written, pocket.ID["<|im_end|>"]]))
         return responses
 
-    cfg = train.Config(**tiny.SETTINGS | {"task": task, "max_chunks": 10**9} | settings)
+    cfg = train.Config(**pocket.SETTINGS | {"task": task, "max_chunks": 10**9} | settings)
     return train.Setup(cfg, prompts, sampler)
 
 
@@ -58,11 +60,11 @@ def keeps(facts):
     """A respond(memory, section, problem) that keeps, and answers from, the last `facts` facts."""
 
     def respond(memory, section, problem):
-        known = tiny.read(memory)
+        known = warm_start.read(memory)
         if section is not None and problem is not None:
-            return sum((known + tiny.read(section))[-facts:], [])
+            return sum((known + warm_start.read(section))[-facts:], [])
         hidden = (
-            [fact for fact in tiny.read(section) if data.TARGET in fact]
+            [fact for fact in warm_start.read(section) if data.TARGET in fact]
             if section
             else [[problem[0], "", ""]]
         )
@@ -82,7 +84,7 @@ def keeps(facts):
 
 def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages():
     setup = pocket_setup(keeps(4), group=3, recalls=2, recall_draw="trajectory")
-    row = tiny.documents(1, "transcript")[0]
+    row = pocket.documents(1, "transcript")[0]
     groups = train.memtrain(setup, {5: row}, 0)
     record = json.loads(json.dumps(train.transcript(setup, groups, 1, 5, row)))
     assert (record["step"], record["id"], record["golds"]) == (1, row["id"], [row["answer"]])
@@ -90,7 +92,7 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
 
     # the spans make up the document; memories are what was written
     sections = [record["document"][a:b] for a, b in record["sections"]]
-    assert "".join(sections) == record["document"] == row["text"] and len(sections) == tiny.CHUNKS
+    assert "".join(sections) == record["document"] == row["text"] and len(sections) == pocket.CHUNKS
     *memories, answer = record["turns"]
     reader = groups[-1].agents[0]
     assert memories == [setup.prompts.text(memory) for memory in reader.memories[1:]]
@@ -112,7 +114,7 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
 
 
 def test_a_search_is_transcribed_with_what_every_turn_saw():
-    row = tiny.search_questions(1, 0)[0] | {"answers": [["tea"]]}
+    row = pocket.search_questions(1, 0)[0] | {"answers": [["tea"]]}
     setup = pocket_setup(
         lambda *blocks: "<think> </think> <answer> tea </answer>".split(), "searchqa"
     )
@@ -428,7 +430,7 @@ def means(table, name):
 
 
 def test_a_memory_of_everything_captures_and_retains_everything():
-    table = forgetting_of(keeps(99), tiny.documents(8, "forgetting", 4))
+    table = forgetting_of(keeps(99), pocket.documents(8, "forgetting", 4))
     assert (
         means(table, "written") == dict.fromkeys(range(4), 1.0)
         and means(table, "no memory") == {0: 0.0}
@@ -439,7 +441,7 @@ def test_a_memory_of_everything_captures_and_retains_everything():
 
 
 def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_later():
-    table = forgetting_of(keeps(2 * tiny.FACTS_PER_CHUNK), tiny.documents(8, "forgetting", 4))
+    table = forgetting_of(keeps(2 * pocket.FACTS_PER_CHUNK), pocket.documents(8, "forgetting", 4))
     assert means(table, "written") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
     assert (
         means(table, "recall")[0] > 0.9
@@ -454,10 +456,11 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
 
     def first(memory, section, problem):
         if section is not None and problem is not None:
-            return sum((tiny.read(memory) + tiny.read(section))[: tiny.FACTS_PER_CHUNK], [])
+            facts = warm_start.read(memory) + warm_start.read(section)
+            return sum(facts[: pocket.FACTS_PER_CHUNK], [])
         return last(memory, section, problem)
 
-    table = forgetting_of(first, tiny.documents(8, "forgetting", 4))
+    table = forgetting_of(first, pocket.documents(8, "forgetting", 4))
     assert (
         0.15 < table["capture"][0][0] < 0.3
         and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
@@ -465,16 +468,16 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
 
 
 def test_what_is_known_without_a_memory_is_no_capture():
-    documents = tiny.documents(4, "forgetting")
-    facts = sum((tiny.read(row["text"].split()) for row in documents), [])
+    documents = pocket.documents(4, "forgetting")
+    facts = sum((warm_start.read(row["text"].split()) for row in documents), [])
 
     def knows(memory, section, problem):
         if section is None or problem is not None:
             return []
-        (hidden,) = [fact for fact in tiny.read(section) if data.TARGET in fact]
-        for first in range(0, len(facts), tiny.FACTS_PER_CHUNK):
-            part = facts[first : first + tiny.FACTS_PER_CHUNK]
-            left = [fact for fact in part if fact not in tiny.read(section)]
+        (hidden,) = [fact for fact in warm_start.read(section) if data.TARGET in fact]
+        for first in range(0, len(facts), pocket.FACTS_PER_CHUNK):
+            part = facts[first : first + pocket.FACTS_PER_CHUNK]
+            left = [fact for fact in part if fact not in warm_start.read(section)]
             if len(left) == 1:  # the one fact of this section that is not shown
                 return ["\\boxed{", *(a for a, b in zip(left[0], hidden) if a != b), "}"]
 

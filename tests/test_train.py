@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -580,7 +581,7 @@ def learn(monkeypatch, folder, pocket_model, *flags):
     what an untrained model can stumble on. -> mean reward of the first step and the last three"""
     cities = {city.lower() for city in pocket.CITIES}
 
-    def starts_with_a_city(answer, golds, match):
+    def starts_with_a_city(answer, golds):
         return float(answer.lower().split(" ")[0] in cities)
 
     monkeypatch.setattr(rewards, "extract_boxed", lambda text: text)
@@ -593,8 +594,10 @@ def learn(monkeypatch, folder, pocket_model, *flags):
         "--memory_tokens", "2", "--answer_tokens", "1", "--chunk_tokens", "24",
         "--eval_documents", "0",
     ]  # fmt: skip
-    course = ["--steps", "16", "--kl", "0", "--lr", "3e-4", "--warmup_steps", "1"]
-    start(["--model", pocket_model, *sizes, *course, *flags, "--out", "run"], folder, monkeypatch)
+    course = ["--steps", "16", "--kl", "0", "--lr", "3e-3", "--warmup_steps", "1"]
+    untrained = str(shutil.copytree(pocket_model, folder / "untrained"))
+    pocket.untrained_model().save_pretrained(untrained)
+    start(["--model", untrained, *sizes, *course, *flags, "--out", "run"], folder, monkeypatch)
     earned = [line["R_E"] for line in metrics_of("run")]
     return earned[0], sum(earned[-3:]) / 3
 

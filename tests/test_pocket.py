@@ -498,8 +498,7 @@ def test_the_weights_that_come_with_it_know_every_kind_of_prompt(prompts):
 def read(made, task):
     """-> the Config of a run of this task, its rows, and its held-out ones as {task: rows}"""
     cfg = train.configure({"task": task, "model": f"{made}/model"})
-    heldout = train.load_heldout(train.Setup(cfg, None, None))
-    return cfg, train.load_training(cfg), {setup.cfg.task: rows for setup, rows in heldout}
+    return cfg, train.load_training(cfg), train.load_heldout(cfg)
 
 
 def test_train_takes_data_and_sizes_from_the_model_folder(made):

@@ -1,5 +1,5 @@
-"""Evaluation: MemTrain's tasks on held-out documents, long-text QA by length, search QA by set.
-Looking: questions about a text of one's own, what memories hold, what they forget, curves.
+"""Evaluation: MemTrain's tasks on held-out documents, long-text QA by length, search QA by set; and
+what shows more than a number: questions about a text of one's own, transcripts, forgetting, curves.
 
     python eval.py memtrain --model runs/memtrain --data DOCS      end-to-end and recall, held out
     python eval.py longqa --model M --data eval_50.json eval_100.json --out FILE.json
@@ -13,13 +13,12 @@ Looking: questions about a text of one's own, what memories hold, what they forg
     torchrun --nproc_per_node 8 eval.py ..                         samples divided over ranks
 
 Prompts, sizes and, without --data, held-out data are those of the model's memtrain.json; flags go
-before it. Documents are read whole, however long.
+before it. Documents are read whole, however long (training reads --max_chunks sections of them).
 
-Every finished sample is a line in OUT.parts/, and tables are made of those lines: a stopped
-evaluation goes on where it was. The noise is a function of (set, question, sample), so that neither
+Every finished sample is a line in OUT.parts/, and tables are made of those lines: an evaluation
+that was stopped resumes there. The noise is a function of (set, question, sample), so that neither
 stopping nor the number of ranks changes a table. An answer that is missing, empty or cut before its
-box is closed counts as wrong. Below a table of longqa stands what the authors' released code would
-count: the first gold only, and empty outputs not at all.
+box is closed counts as wrong.
 """
 
 import argparse
@@ -27,6 +26,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import html
 import itertools
 import json
@@ -35,7 +35,6 @@ import random
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +44,8 @@ import data
 import distributed
 import rewards
 import train
-from distributed import InputError, all_gather, gathered
+from data import InputError
+from distributed import all_gather, gathered
 from rollout import Asker, Reader, Recaller, Searcher, rollout
 
 SCORES = {
@@ -54,111 +54,38 @@ SCORES = {
     "f1": rewards.token_f1,
     "memagent_sub_em": rewards.memagent_sub_em,
 }
-# flags of train.py that are flags here
-SETTINGS = (
-    "chunk_tokens memory_tokens answer_tokens prompt_order kv_tokens segment retriever encoder "
-    "passages result_tokens objectives turns eval_documents seed ner recall_window"
-).split()
 
-# ------------------------------------------------------------------------ command line and model
+# ------------------------------------------------------------------------------------- measuring
 
 
-def parse(argv=None):
-    """Command line -> its flags; those of train.py are there only where they were given."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    add = parser.add_argument
-    add("command", choices=list(COMMANDS))
-    add(
-        "inputs",
-        nargs="*",
-        default=[],
-        help="runs and tables (curves), a run (view), questions (ask)",
-    )
-    add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
-    add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
-    add("--document", help="a text in UTF-8; - is what comes in (ask)")
-    add("--out", help="the table as JSON; questions left (filter); picture (curves); page (view)")
-    add("--quiet", action="store_true", help="print the answers alone (ask)")
-    add("--html", help="the memories and answers as a page (ask)")
-    add("--png", help="the curve as a picture (forgetting)")
-    modes = ("memory", "full_context")
-    add("--mode", choices=modes, default="memory", help="of reading (longqa, ask)")
-    add("--greedy", action="store_true", help="temperature 0")
-    add("--temperature", type=float, default=0.7, help="[0.7]; memtrain: as in training")
-    add("--top_p", type=float, default=0.95, help="[0.95]; memtrain: 1")
-    add("--samples", type=int, default=1, help="answers to every question [1]")
-    add("--batch", type=int, default=32, help="samples in lock step on a rank [32]")
-    train.add_flags(parser, SETTINGS)
-    args = parser.parse_intermixed_args(argv)  # questions may stand after flags
-
-    for name in COMMANDS[args.command].needs:
-        if not (getattr(args, name[2:]) if name.startswith("--") else args.inputs):
-            raise InputError(f"{args.command} needs {name}")
-    return args
+def memtrain(args):
+    """E2E and recall exact match on held-out documents, as train.py prints them."""
+    setup, policy = open_model(args, config_of(args))
+    documents = heldout_documents(setup.cfg)
+    train.check_context(setup, documents, policy.lm)
+    table = {}
+    for kind, (*score, n) in train.evaluate(policy, [(setup, documents)]).items():
+        table[train.KINDS[kind]] = {"n": n, "em": score}
+    print_table(table)
+    if args.out:
+        write_json(args.out, table)
 
 
-def config_of(args):
-    """Flags -> train.Config, filled up from the model's memtrain.json."""
-    task = COMMANDS[args.command].task
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    given |= {"task": task, "model": args.model, "max_chunks": 10**9}
-    if args.data:
-        given["data"] = args.data
-    return train.configure(given)
-
-
-def open_model(args, cfg):
-    """-> (Setup, Policy)"""
-    device = distributed.start_ranks()
-    policy, tokenizer = train.open_policy(cfg.model, device)
-    policy.eval()
-    search = train.open_search(cfg)
-    kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
-    temperature, top_p = args.temperature, args.top_p
-    if cfg.task == "memtrain":
-        temperature, top_p = cfg.temperature, 1.0
-    if args.greedy:
-        temperature = 0
-    sampling = dict(kv_tokens=kv_tokens, search=search, temperature=temperature, top_p=top_p)
-    return train.open_setup(cfg, policy, tokenizer, **sampling), policy
-
-
-def load_sets(args, cfg):
-    """[NAME=]FILE .., or the held-out files of the model's settings -> {name: questions}"""
-    sets = {}
-    for place in args.data or cfg.heldout:
-        name, path = re.fullmatch(r"(?:([^=/]+)=)?(.+)", place).groups()
-        name = name or Path(path).name.split(".")[0]
-        if name in sets:
-            raise InputError(f"--data: two sets are called {name}; write NAME={path}")
-        objectives = cfg.objectives if cfg.task == "searchqa" else None
-        sets[name] = data.load_questions(path, objectives, long=args.command == "longqa")
-    if not sets:
-        raise InputError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
-    return sets
-
-
-# ---------------------------------------------------------------------------- samples to records
-
-
-class WholeReader(Asker):
-    """Reads a document (ids) in one window of `context` tokens; of a longer one head and tail."""
-
-    def __init__(self, prompts, problem, document, context, answer_tokens, key):
-        room = context - len(prompts.whole) - len(problem) - answer_tokens
-        if room <= 0:
-            raise InputError(
-                f"--answer_tokens {answer_tokens} leaves no room for a document in the model's "
-                f"context of {context} tokens: lower it"
-            )
-        self.document_tokens = len(document)
-        self.document_cut = len(document) > room
-        if self.document_cut:
-            head, tail = (room + 1) // 2, room // 2
-            document = document[:head] + document[len(document) - tail :]
-        ids = prompts.whole(problem=problem, section=document)
-        super().__init__(prompts, ids, answer_tokens, key)
+def questions(args):
+    """Answers all sets of questions; then a table (longqa, searchqa), or what is left (filter)."""
+    cfg = config_of(args)
+    sets = load_sets(args, cfg)
+    setup, policy = open_model(args, cfg)
+    open_parts(args, cfg, sets, policy.lm)
+    records = {}
+    for name, rows in sets.items():
+        if args.command != "filter" and args.mode == "memory":
+            train.check_context(setup, rows, policy.lm)
+        records[name] = run_set(args, setup, policy, name, rows)
+    if args.command == "filter":
+        write_questions(args.out, sets, records)
+    else:
+        write_table(args.out, cfg, records)
 
 
 def make_agent(args, setup, row, key, context):
@@ -169,12 +96,27 @@ def make_agent(args, setup, row, key, context):
         return Searcher(prompts, problem, cfg.turns, cfg.answer_tokens, cfg.result_tokens, key)
     if args.command == "filter":
         return Asker(prompts, prompts.closed_book(problem=problem), cfg.answer_tokens, key)
-    chunks = [chunk.ids for chunk in train.cut(setup, prompts.clean(row["context"]))]
     if args.mode == "full_context":
-        document = list(itertools.chain(*chunks))
+        document = prompts.encode(row["context"])
         return WholeReader(prompts, problem, document, context, cfg.answer_tokens, key)
+    chunks = [chunk.ids for chunk in train.chunks_of(setup, prompts.clean(row["context"]))]
     reader = ShownReader if args.command == "ask" and not args.quiet else Reader
     return reader(prompts, problem, chunks, cfg.memory_tokens, cfg.answer_tokens, key)
+
+
+class WholeReader(Asker):
+    """Reads a document (ids) in one window of `context` tokens; of a longer one head and tail."""
+
+    def __init__(self, prompts, problem, document, context, answer_tokens, key):
+        room = context - len(prompts.whole) - len(problem) - answer_tokens
+        if room <= 0:
+            raise InputError(f"the model's context holds {context} tokens: lower --answer_tokens")
+        self.document_tokens, self.document_cut = len(document), len(document) > room
+        if self.document_cut:
+            head, tail = (room + 1) // 2, room // 2
+            document = document[:head] + document[len(document) - tail :]
+        ids = prompts.whole(problem=problem, section=document)
+        super().__init__(prompts, ids, answer_tokens, key)
 
 
 def record_of(agent, row):
@@ -199,106 +141,154 @@ def record_of(agent, row):
     }
     if isinstance(agent, Reader):
         record["document_tokens"] = sum(map(len, agent.chunks))
-    if isinstance(agent, WholeReader):
-        record["document_tokens"] = agent.document_tokens
-        record["document_cut"] = float(agent.document_cut)
-    if isinstance(agent, Searcher):
-        record |= {"searches": agent.searches, "malformed": float(agent.malformed)}
+    for name in ("document_tokens", "document_cut", "searches", "malformed"):
+        if hasattr(agent, name):
+            record[name] = float(getattr(agent, name))
     return record
-
-
-def open_parts(args, cfg):
-    """Makes OUT.parts/. ValueError where it holds samples of another model or other settings."""
-    free = ("data", "out", "samples", "batch", "kv_tokens", "segment")  # no sample depends on them
-    flags = {name: value for name, value in vars(args).items() if name not in free}
-    flags["model"] = cfg.model
-    file = Path(f"{args.out}.parts", "flags.json")
-    if file.exists() and json.loads(file.read_text()) != flags:
-        raise InputError(
-            f"{file.parent} holds samples of another model or other flags, see {file.name} there: "
-            "delete it, or choose another --out"
-        )
-    write_json(file, flags)
-
-
-def read_parts(out, name):
-    """The finished samples of a set: {(question, sample): record}"""
-    done = {}
-    for path in Path(f"{out}.parts").glob(f"{name}.rank*.jsonl"):
-        with path.open() as lines:
-            for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):  # the last may be broken off
-                    record = json.loads(line)
-                    done[record["index"], record["sample"]] = record
-    return done
 
 
 def run_set(args, setup, policy, name, rows):
     """Runs what OUT.parts/ lacks of a set. -> records of all ranks, by question and sample"""
-    # this rank's part of it
     done = read_parts(args.out, name)
     torch.distributed.barrier()  # all ranks have read before any writes
     wanted = list(itertools.product(range(len(rows)), range(args.samples)))
     missing = [key for key in wanted if key not in done]
-    rank, world = distributed.rank(), distributed.world_size()
-    mine = missing[rank::world]
 
-    context = policy.lm.config.get_text_config().max_position_embeddings
-    bar = tqdm(total=len(missing), desc=name, disable=rank > 0)
-    path = Path(f"{args.out}.parts", f"{name}.rank{rank}.jsonl")
+    context = train.context_of(policy.lm)
+    path = Path(f"{args.out}.parts", name, f"rank{distributed.rank()}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), gathered(policy), path.open("a") as file:
         file.write("\n")  # ends a line that broke off
-        for first in range(0, len(mine), args.batch):
-            # a batch of samples in lock step
-            batch = mine[first : first + args.batch]
+        for batch in batches(missing, args.batch, name):
             agents = []
             for index, sample in batch:
                 key = (name, index, sample)
                 agents.append(make_agent(args, setup, rows[index], key, context))
             rollout(agents, setup.sampler, setup.search)
-
-            # a line for each
             for (index, sample), agent in zip(batch, agents):
                 record = {"index": index, "sample": sample, "id": rows[index]["id"]}
                 record |= record_of(agent, rows[index])
                 done[index, sample] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
-            bar.update(len(batch) * world)
-    bar.close()
 
     done = collections.ChainMap(*all_gather(done))
     return [done[key] for key in wanted]
+
+
+def batches(items, size, name):
+    """This rank's part of a list, `size` at a time, under a bar of all ranks' progress."""
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = items[rank::world]
+    with tqdm(total=len(items), desc=name, disable=rank > 0) as bar:
+        for first in range(0, len(mine), size):
+            batch = mine[first : first + size]
+            yield batch
+            bar.update(len(batch) * world)
+
+
+def open_parts(args, cfg, sets, lm):
+    """Makes OUT.parts/. InputError where it holds samples of another model, flags or questions:
+    what a path named then is something else than what it names now."""
+    free = ("data", "out", "samples", "batch", "kv_tokens")  # no sample depends on them
+    flags = {name: value for name, value in vars(args).items() if name not in free}
+    content = {"flags": flags | {"model": cfg.model}, "files": files_of(cfg, lm)}
+    for name, rows in sets.items():
+        texts = [[row["question"], row["answers"], row["context"]] for row in rows]
+        content[f"questions of {name}"] = digest(texts)
+    file = Path(f"{args.out}.parts", "flags.json")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in content.items():
+        if distributed.rank() == 0 and before.get(name, value) != value:
+            raise InputError(
+                f"{file.parent} holds samples of another model, other flags or other questions: "
+                f"other {name}, see {file.name} there: delete the folder, or choose another --out"
+            )
+    write_json(file, before | content)
+
+
+def files_of(cfg, lm):
+    """What a model's answers depend on: its commit on the Hub, or size and time of its files."""
+    memtrain_json = digest(train.model_settings(cfg.model))
+    found = {"commit": getattr(lm.config, "_commit_hash", None), "memtrain.json": memtrain_json}
+    paths = [Path(cfg.retriever)] if os.path.isfile(cfg.retriever) else []
+    for pattern in ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*"):
+        paths += Path(cfg.model).glob(pattern)
+    for path in paths:
+        found[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return found
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def read_parts(out, name):
+    """The finished samples of a set: {(question, sample): record}"""
+    done = {}
+    for path in Path(f"{out}.parts", name).glob("rank*.jsonl"):
+        for line in path.open():
+            with contextlib.suppress(json.JSONDecodeError):  # the last may be broken off
+                record = json.loads(line)
+                done[record["index"], record["sample"]] = record
+    return done
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
 def summary(records):
-    """A row of a table: means over questions; of scores [mean, low, high], a 95 % interval.
+    """The figures of a set: means over questions; of scores [mean, low, high], a 95 % interval.
 
     Samples of one question are not independent: they are averaged first."""
     samples = {}  # of every question
     for record in records:
         samples.setdefault(record["index"], []).append(record)
-    row = {"n": len(samples)}
+    figures = {"n": len(samples)}
     for name in records[0]:
-        if name not in ("index", "sample", "id", "answer"):
-            means = [train.mean(record[name] for record in each) for each in samples.values()]
-            row[name] = list(train.interval(means)[:3]) if name in SCORES else train.mean(means)
-    return row
+        if name in ("index", "sample", "id", "answer"):
+            continue
+        means = [train.mean(record[name] for record in each) for each in samples.values()]
+        figures[name] = list(train.interval(means)[:3]) if name in SCORES else train.mean(means)
+    return figures
+
+
+def write_table(out, cfg, records):
+    """The figures of every set, then their average. Its interval is wide enough for sets that ask
+    the same questions, as files of several lengths do; for others it is wider than need be."""
+    table = {name: summary(records[name]) for name in records}
+    if len(table) > 1:
+        sets, average = list(table.values()), {}
+        for score in SCORES:
+            average[score] = [train.mean(each) for each in zip(*(one[score] for one in sets))]
+        table["average"] = average
+    print_table(table)
+    record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "table": table}
+    write_json(out, record)
+
+
+def write_questions(out, sets, records):
+    """Drops the questions that were answered without their context, in any of the samples."""
+    left = []
+    for name, rows in sets.items():
+        known = {record["index"] for record in records[name] if record["em"] == 1}
+        left += [row for index, row in enumerate(rows) if index not in known]
+    if distributed.rank() == 0:
+        with data.whole_or_nothing(out) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in left))
+        print(f"{out}: {len(left)} of {sum(map(len, sets.values()))} questions are left")
 
 
 def print_table(table):
-    """{set: row} as Markdown, scores in percent; on rank 0."""
+    """{set: figures} as Markdown, scores in percent; on rank 0."""
     columns = list(dict.fromkeys(itertools.chain(*table.values())))
-    cells = [["set", *columns]]
-    for name, row in table.items():
-        cells.append([name, *(cell(row.get(column, "")) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    for row in cells if distributed.rank() == 0 else []:
-        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+    lines = [["set", *columns]]
+    for name, figures in table.items():
+        lines.append([name, *(cell(figures.get(column, "")) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines if distributed.rank() == 0 else []:
+        print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 
 def cell(value):
@@ -318,114 +308,7 @@ def write_json(path, value):
             partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------- measuring
-
-
-def memtrain(args):
-    """E2E and recall exact match on held-out documents, as train.py prints them."""
-    cfg = config_of(args)
-    setup, policy = open_model(args, cfg)
-    rows = heldout_documents(cfg)
-    train.check_budget(setup, rows, policy.lm)
-    table = {}
-    for kind, (*score, n) in train.evaluate(setup, policy, {"memtrain": rows}).items():
-        table[train.KINDS[kind]] = {"n": n, "em": score}
-    print_table(table)
-    if args.out:
-        write_json(args.out, table)
-
-
-def heldout_documents(cfg):
-    """The first eval_documents of what --data holds out; of a file, of all its documents."""
-    rows = []
-    for path in cfg.data:
-        documents = train.heldout_documents(cfg, path)
-        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
-    return rows
-
-
-def questions(args):
-    """Answers all sets of questions; then a table (longqa, searchqa), or what is left (filter)."""
-    cfg = config_of(args)
-    sets = load_sets(args, cfg)
-    setup, policy = open_model(args, cfg)
-    open_parts(args, cfg)
-    records = {}
-    for name, rows in sets.items():
-        if args.command != "filter" and args.mode == "memory":
-            train.check_budget(setup, rows, policy.lm)
-        records[name] = run_set(args, setup, policy, name, rows)
-    if args.command == "filter":
-        write_questions(args.out, sets, records)
-    else:
-        write_table(args.out, cfg, sets, records)
-
-
-def write_table(out, cfg, sets, records):
-    """A row for every set, then their average. Its interval is wide enough for sets that ask the
-    same questions, as files of several lengths do; for others it is wider than need be."""
-    table = {name: summary(records[name]) for name in records}
-    if len(table) > 1:
-        rows, average = list(table.values()), {}
-        for score in SCORES:
-            average[score] = [train.mean(column) for column in zip(*(row[score] for row in rows))]
-        table["average"] = average
-    print_table(table)
-    record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "table": table}
-    if cfg.task == "longqa":
-        record["released"] = {name: released_em(sets[name], records[name]) for name in records}
-        print_released(table, record["released"])
-    write_json(out, record)
-
-
-def released_em(rows, records):
-    """Exact match as the authors' released code counts it: only the first gold counts, and empty
-    outputs are left out instead of being wrong. -> {"em": share or None, "n": outputs counted}"""
-    scores = []
-    for record in records:
-        if (record["answer"] or "").strip():
-            golds = rows[record["index"]]["answers"]
-            scores.append(rewards.exact_match(rewards.extract_boxed(record["answer"]), golds[:1]))
-    return {"em": train.mean(scores) if scores else None, "n": len(scores)}
-
-
-def print_released(table, released):
-    """The line below the table: the difference that the other arithmetic makes; on rank 0."""
-    parts = []
-    for name, counted in released.items():
-        theirs = "-" if counted["em"] is None else f"{100 * counted['em']:.2f}"
-        parts.append(
-            f"{name} {theirs} of {counted['n']} outputs (em above: {cell(table[name]['em'])})"
-        )
-    if distributed.rank() == 0:
-        print("em as the released code counts, first gold only, empty outputs left out:")
-        print("\n".join(parts))
-
-
-def write_questions(out, sets, records):
-    """Drops the questions that were answered without their context, in any of the samples."""
-    left = []
-    for name, rows in sets.items():
-        known = {record["index"] for record in records[name] if record["em"] == 1}
-        left += [row for index, row in enumerate(rows) if index not in known]
-    if distributed.rank() == 0:
-        with data.whole_or_nothing(out) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in left))
-        print(f"{out}: {len(left)} of {sum(map(len, sets.values()))} questions are left")
-
-
-# ------------------------------------------------------------------------------------------- ask
-
-
-class ShownReader(Reader):
-    """A Reader that prints its memories as it writes them. Its key: ("ask", number)."""
-
-    def receive(self, response_ids):
-        super().receive(response_ids)
-        if self.answer is None:
-            turn, memory = len(self.memories) - 1, self.prompts.text(self.memories[-1])
-            place = f"question {self.key[1] + 1}, memory after section {turn} of {len(self.chunks)}"
-            print(f"\n--- {place}\n{memory}", flush=True)
+# ----------------------------------------------------------- showing: ask, view, forgetting, curves
 
 
 def ask(args):
@@ -440,30 +323,28 @@ def ask(args):
     cfg = config_of(args)
     setup, policy = open_model(args, cfg)
     args.quiet = args.quiet or distributed.rank() > 0
-    rows = []
-    for question in args.inputs:
-        row = {"id": args.document, "question": question, "context": text, "answers": []}
-        rows.append(row)
+    asked = {"id": args.document, "context": text, "answers": []}
+    rows = [{**asked, "question": question} for question in args.inputs]
     if args.mode == "memory":
-        train.check_budget(setup, rows, policy.lm)
+        train.check_context(setup, rows, policy.lm)
 
     # how much there is to read
-    sizes = [len(chunk.ids) for chunk in train.cut(setup, setup.prompts.clean(text))]
+    sizes = [len(chunk.ids) for chunk in train.chunks_of(setup, setup.prompts.clean(text))]
     if not args.quiet:
-        often = f", read {len(rows)} times: a memory depends on its question"
         pieces = f"{sum(sizes)} tokens, {len(sizes)} sections of at most {cfg.chunk_tokens}"
+        often = f", read {len(rows)} times: a memory depends on its question"
         print(f"{args.document}: {pieces}{often if len(rows) > 1 else ''}")
 
     # read and answer
-    agents = []
-    context = policy.lm.config.get_text_config().max_position_embeddings
+    agents, context = [], train.context_of(policy.lm)
     for number, row in enumerate(rows):
         agents.append(make_agent(args, setup, row, ("ask", number), context))
     with torch.no_grad(), gathered(policy):
         rollout(agents, setup.sampler)
-    if distributed.rank() == 0:
-        print_answers(args, agents)
-    if args.html and distributed.rank() == 0:
+    if distributed.rank() > 0:
+        return
+    print_answers(args, agents)
+    if args.html:
         records = []
         for agent, row in zip(agents, rows):
             group = train.Group("trajectory", 0, [agent], [], [])
@@ -471,20 +352,25 @@ def ask(args):
         write_page(args.html, f"{args.model}: {args.document}", records)
 
 
+class ShownReader(Reader):
+    """A Reader that prints its memories as it writes them. Its key: ("ask", number)."""
+
+    def receive(self, response_ids):
+        super().receive(response_ids)
+        if self.answer is None:
+            turn, memory = len(self.memories) - 1, self.prompts.text(self.memories[-1])
+            which = f"question {self.key[1] + 1}, memory after section {turn} of {len(self.chunks)}"
+            print(f"\n--- {which}\n{memory}", flush=True)
+
+
 def read_text(path):
     """The text of a file in UTF-8, or of what comes in (-). InputError where there is none."""
-    try:
+    wanted = f"--document {path}: a text in UTF-8 is wanted, .txt or .md"
+    with data.explained(wanted, OSError, UnicodeDecodeError):
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--document {path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"--document {path}: byte {error.start} is not UTF-8: a text is wanted, .txt or .md; "
-            "convert it first"
-        ) from None
     if "\0" in text or not text.strip():
-        raise InputError(f"--document {path}: holds no text: a .txt or .md is wanted")
+        raise InputError(f"{wanted}; this holds no text")
     return text
 
 
@@ -502,28 +388,20 @@ def print_answers(args, agents):
         print(f"\nquestion: {question}\nanswer:   {answer}")
 
 
-# ------------------------------------------------------------------------------------------ view
+# ---- view ----------------------------------------------------------------------------------------
 
 VIEWED = 48  # most transcripts of a page, spread over a longer run
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em 3em }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em }
 article { display: none } article:target { display: block }
 body:not(:has(:target)) article:first-of-type { display: block }
-h2, td, pre { unicode-bidi: plaintext } h2, pre, td:first-child { overflow-wrap: anywhere }
-h4 { margin: 0; color: #555; font-weight: 500 } nav, table { margin: .7em 0; line-height: 1.7 }
-pre { font: inherit; margin: .2em 0; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
-.turn { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; border-top: 1px solid #bbb }
-.turn > * { min-width: 0; padding: .4em 0 } a { white-space: nowrap }
-.recalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(22em, 1fr)); gap: 0 2em }
-caption { text-align: start; font-weight: 600 } table { border-collapse: collapse; width: 100%% }
-td { border-top: 1px solid #ccc; text-align: start } td:first-child { min-width: 6em }
-mark, ins, del { border-radius: 3px; print-color-adjust: exact } mark { background: #fd6 }
-.gold { background: #dbf } .target { background: #adf } ins { background: #cec }
-del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
-@media (max-width: 45em) { .turn, .recalls { grid-template-columns: 1fr } }
-@media print { nav { display: none } pre { max-height: none } body { font-size: 10px }
-  table { break-inside: avoid } }
+h2, td, pre { unicode-bidi: plaintext; overflow-wrap: anywhere } caption { font-weight: 600 }
+pre { font: inherit; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
+.turn { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5em; border-top: 1px solid #bbb }
+.turn > * { min-width: 0 } table { width: 100%% } td { border-top: 1px solid #ccc }
+mark { background: #fd6 } .gold { background: #dbf } .target { background: #adf }
+ins { background: #cec } del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
 </style><h1>%(title)s</h1><p><mark>[MASK]</mark> is asked for at the end,
 <mark class="target">this</mark> in a recall, <mark class="gold">this</mark> is a right answer; in a
 memory: <ins>added</ins>, <del>dropped</del>.</p><nav>%(links)s</nav>%(articles)s</html>
@@ -534,12 +412,12 @@ def view(args):
     """The transcripts of a run (its folder, or a file of lines of its samples.jsonl) as a page."""
     path = Path(args.inputs[0])
     path = path / "samples.jsonl" if path.is_dir() else path
-    records = [row for _, row in data.read_rows(str(path))] if path.exists() else []
+    records = [record for _, record in data.read_rows(str(path))] if path.exists() else []
     if not records or not all("advantages" in record for record in records):
         raise InputError(f"{path}: no transcripts of this train.py; name the folder of a run")
-    places = np.linspace(0, len(records) - 1, min(VIEWED, len(records))).astype(int)
-    write_page(args.out, args.inputs[0], [records[i] for i in places])
-    print(f"{args.out}: {len(places)} of {len(records)} transcripts")
+    chosen = np.linspace(0, len(records) - 1, min(VIEWED, len(records))).astype(int)
+    write_page(args.out, args.inputs[0], [records[i] for i in chosen])
+    print(f"{args.out}: {len(chosen)} of {len(records)} transcripts")
 
 
 def write_page(out, title, records):
@@ -548,47 +426,43 @@ def write_page(out, title, records):
     for number, record in enumerate(records):
         name = f"step {record['step']}" if record["step"] else f"question {number + 1}"
         links.append(f'<a href="#t{number}">{name}</a>')
-        back = f'<a href="#t{max(number - 1, 0)}">← back</a>'
-        on = f'<a href="#t{min(number + 1, len(records) - 1)}">on →</a>'
-        head = f"<nav>{back} <b>{name}</b> <bdi>{html.escape(str(record['id']))}</bdi> {on}</nav>"
-        articles.append(f'<article id="t{number}">{head}{article(record)}</article>')
+        heading = f"<b>{name}</b> <bdi>{html.escape(str(record['id']))}</bdi>"
+        articles.append(f'<article id="t{number}">{heading}{article(record)}</article>')
     parts = {"title": html.escape(title), "links": "\n".join(links), "articles": "".join(articles)}
     with data.whole_or_nothing(out) as partial:
         partial.write_text(PAGE % parts, encoding="utf-8", errors="replace")
 
 
 def article(record):
-    """HTML of a transcript: sections and memories side by side, answers, recalls."""
+    """HTML of a transcript: what every turn saw beside what it wrote, then what that earned."""
     asked = [[gold] if isinstance(gold, str) else gold for gold in record["golds"]]
     golds, right = sum(asked, []), "; ".join(map(" / ".join, asked))
     page = f"<h2>{html.escape(record['question'])}</h2>"
     page += f"right: <bdi>{html.escape(right)}</bdi>" if golds else ""
 
-    # a row for every turn
+    # memories, and at last the answer
     sections = [record["document"][a:b] for a, b in record.get("sections", [])]
-    *memories, answer = record["turns"]
-    what = "section" if sections else "prompt"
-    for turn, seen in enumerate(sections or record["prompts"], 1):
-        targets = [each["target"] for each in record["recalls"] if each["l"] == turn]
-        seen = marked(seen, dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target"))
-        page += f'<div class="turn"><div><h4>{what} {turn}</h4><pre>{seen}</pre></div>'
-        if turn <= len(memories):
-            memory = changed(memories[turn - 2] if turn > 1 else "", memories[turn - 1])
-            page += f"<div><h4>memory {turn}</h4><pre>{memory or '(nothing)'}</pre></div>"
-        page += "</div>"
-    page += f'<div class="turn"><div><h4>answer</h4><pre>{html.escape(answer)}</pre></div></div>'
+    what, shown, before = "section" if sections else "prompt", sections or record["prompts"], ""
+    for turn, text in enumerate(record["turns"], 1):
+        page += '<div class="turn"><div>'
+        if turn <= len(shown):
+            targets = [recall["target"] for recall in record["recalls"] if recall["l"] == turn]
+            names = dict.fromkeys(golds, "gold") | dict.fromkeys(targets, "target")
+            page += f"<h4>{what} {turn}</h4><pre>{marked(shown[turn - 1], names)}</pre>"
+        title, wrote = f"memory {turn}", changed(before, text)
+        if turn == len(record["turns"]):
+            title, wrote = "answer", html.escape(text)
+        page += f"</div><div><h4>{title}</h4><pre>{wrote or '(nothing)'}</pre></div></div>"
+        before = text
 
-    # what it all earned
+    # a table of the trajectories, one of every recall; its section and memory are shown above
     if record["rewards"]:
         page += results_table("trajectories: the one above, and its group", record)
-    page += '<div class="recalls">'
-    for each in record["recalls"]:
-        where = f"section {each['l']}, asked of memory {each['k']}"
-        caption = f"recall of trajectory {each['trajectory'] + 1}: {each['target']} of {where}"
-        prompt = marked(each["prompt"], {data.TARGET: "target"})
-        prompt = f"<details><summary>its prompt</summary><pre>{prompt}</pre></details>"
-        page += f"<div>{results_table(caption, each)}{prompt}</div>"
-    return page + "</div>"
+    for recall in record["recalls"]:
+        where = f"section {recall['l']}, asked of memory {recall['k']}"
+        caption = f"recall of trajectory {recall['trajectory'] + 1}: {recall['target']} of {where}"
+        page += results_table(caption, recall)
+    return page
 
 
 def results_table(caption, results):
@@ -604,7 +478,8 @@ def results_table(caption, results):
 
 def changed(before, after):
     """HTML of a memory, with what it adds to the one before and what it drops of it marked."""
-    old, new = (re.findall(r"[^\s。、，；]*[\s。、，；]+|\S+", text) for text in (before, after))
+    pieces = re.compile(r"[^\s。、，；]*[\s。、，；]+|\S+")
+    old, new = pieces.findall(before), pieces.findall(after)
     words = [[word.strip() for word in text] for text in (old, new)]
     page = ""
     for kind, a, b, c, d in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
@@ -625,9 +500,7 @@ def marked(text, names=None):
     return page
 
 
-# ------------------------------------------------------------------------------------ forgetting
-
-NO_MEMORY = -1  # the age of a recall that is asked with the first, empty memory
+# ---- forgetting ----------------------------------------------------------------------------------
 
 
 def forgetting(args):
@@ -646,51 +519,43 @@ def forgetting(args):
     compare models at an age, rather than ages.
     """
     cfg = config_of(args)
-    if args.png:
-        open_pyplot()  # or say now that it is missing
     setup, policy = open_model(args, cfg)
-    rows = heldout_documents(cfg)
-    train.check_budget(setup, rows, policy.lm)
-
-    # this rank's documents, a batch at a time
-    mine = range(distributed.rank(), len(rows), distributed.world_size())
+    documents = heldout_documents(cfg)
+    train.check_context(setup, documents, policy.lm)
     recalls = []
-    bar = tqdm(total=len(rows), desc="documents", disable=distributed.rank() > 0)
     with torch.no_grad(), gathered(policy):
-        for first in range(0, len(mine), args.batch):
-            batch = {number: rows[number] for number in mine[first : first + args.batch]}
-            recalls += recalls_by_age(setup, batch)
-            bar.update(len(batch) * distributed.world_size())
-    bar.close()
-
-    recalls = [recall for rank in all_gather(recalls) for recall in rank]
+        for batch in batches(range(len(documents)), args.batch, "documents"):
+            recalls += recalls_by_age(setup, {number: documents[number] for number in batch})
+    recalls = sum(all_gather(recalls), [])
     if not recalls:
         raise InputError(f"{' '.join(cfg.data)}: no entity stands in one section alone")
-    table = forgetting_table(recalls)
-    rows = {}
+
+    table, lines = forgetting_table(recalls), {}
     for name, by_age in table.items():
         for age, (*score, n) in by_age.items():
-            rows[f"{name}, age {age}"] = {"n": n, "share": score}
-    print_table(rows)
+            lines[f"{name}, age {age}"] = {"n": n, "share": score}
+    print_table(lines)
     record = {"command": sys.argv[1:], "config": dataclasses.asdict(cfg), "forgetting": table}
     write_json(args.out, record)
     if args.png and distributed.rank() == 0:
-        draw(forgetting_series(table, cfg.model), args.png)
+        draw([(cfg.model, AGE, table)], args.png)
 
 
-def recalls_by_age(setup, rows):
+def recalls_by_age(setup, documents):
     """Reads documents {number: row} and asks for an entity of each section at every age.
-    -> list of (document, {age: (EM, is the name in the memory)}), NO_MEMORY one of the ages"""
+    -> list of (document, EM without a memory, {age: (EM, is the name in the memory)})"""
     cfg, prompts = setup.cfg, setup.prompts
-    setup = setup._replace(cfg=dataclasses.replace(cfg, group=1))
 
-    # read; draw an entity of every section
-    readers, drawn = {}, {}
-    for number, row in rows.items():
+    # read, and draw an entity of every section
+    readers, drawn = {}, {}  # {document: Reader}, {(document, turn): data.Recall}
+    for number, row in documents.items():
         row = {**row, "text": prompts.clean(row["text"])}
-        chunks = train.cut(setup, row["text"])
+        chunks = train.chunks_of(setup, row["text"])
+        ids = [chunk.ids for chunk in chunks]
         problem = prompts.encode(row["question"]) if row.get("question") else prompts.problem
-        (readers[number],) = train.make_readers(setup, problem, chunks, ("heldout", number))
+        key = ("heldout", number, 0)
+        reader = Reader(prompts, problem, ids, cfg.memory_tokens, cfg.answer_tokens, key)
+        readers[number] = reader
         for turn, chunk in enumerate(chunks, 1):
             rng = random.Random(f"forgetting {cfg.seed} {number} {turn}")
             only = {**row, "entities": entities_of(row, chunk)}
@@ -699,24 +564,18 @@ def recalls_by_age(setup, rows):
                 drawn[number, turn] = recall
     rollout(list(readers.values()), setup.sampler)
 
-    # ask with no memory, then age by age
-    found = {place: {} for place in drawn}
-    most = max(len(reader.chunks) for reader in readers.values())
-    for age in (NO_MEMORY, *ages(most)):
-        agents, held = {}, {}
-        for (number, turn), recall in drawn.items():
-            memories = readers[number].memories
-            at = 0 if age == NO_MEMORY else turn + age
-            if at < len(memories):
-                key = ("forgetting", number, turn)  # the same noise at every age
-                agent = Recaller(prompts, memories[at], recall.ids, cfg.answer_tokens, key)
-                agents[number, turn], held[number, turn] = agent, prompts.text(memories[at])
-        rollout(list(agents.values()), setup.sampler)
-        for place, agent in agents.items():
-            answer, target = rewards.extract_boxed(agent.answer), drawn[place].target
-            written = float(bool(data.occurrences(held[place], target)))
-            found[place][age] = rewards.exact_match(answer, [target]), written
-    return [(number, by_age) for (number, _), by_age in found.items()]
+    # ask without a memory, then of the memories age by age
+    known = answers_from(setup, drawn, dict.fromkeys(drawn, prompts.no_memory))
+    found = {which: {} for which in drawn}
+    for age in ages(max(len(reader.chunks) for reader in readers.values())):
+        memories = {}
+        for number, turn in drawn:
+            if turn + age < len(readers[number].memories):
+                memories[number, turn] = readers[number].memories[turn + age]
+        for which, right in answers_from(setup, drawn, memories).items():
+            named = data.occurrences(prompts.text(memories[which]), drawn[which].target)
+            found[which][age] = right, float(bool(named))
+    return [(number, known[number, turn], found[number, turn]) for number, turn in drawn]
 
 
 def entities_of(row, chunk):
@@ -724,10 +583,26 @@ def entities_of(row, chunk):
     text, spans = row["text"], []
     for start, end in row["entities"]:
         if chunk.start <= start and end <= chunk.end:
-            places = data.occurrences(text, text[start:end])
-            if places and chunk.start <= places[0] and places[-1] < chunk.end:
+            found = data.occurrences(text, text[start:end])
+            if found and chunk.start <= found[0] and found[-1] < chunk.end:
                 spans.append([start, end])
     return spans
+
+
+def answers_from(setup, drawn, memories):
+    """Asks the recalls {(document, turn): recall} of these memories {(document, turn): ids}.
+    -> {(document, turn): EM}"""
+    agents = {}
+    for which, memory in memories.items():
+        key = ("forgetting", *which)  # the same noise at every age
+        limit = setup.cfg.answer_tokens
+        agents[which] = Recaller(setup.prompts, memory, drawn[which].ids, limit, key)
+    rollout(list(agents.values()), setup.sampler)
+    right = {}
+    for which, agent in agents.items():
+        answer = rewards.extract_boxed(agent.answer)
+        right[which] = rewards.exact_match(answer, [drawn[which].target])
+    return right
 
 
 def ages(turns):
@@ -742,17 +617,16 @@ def ages(turns):
 def forgetting_table(recalls):
     """What recalls_by_age gives -> {name: {age: [mean, low, high, n]}}"""
     scores = {}  # (name, age) -> {document: [0 or 1, ..]}
-    for document, by_age in recalls:
-        known, captured = by_age[NO_MEMORY][0], by_age[0][0]
-        rows = {("no memory", 0): known}
+    for document, known, by_age in recalls:
+        measured = {("no memory", 0): known}
+        captured = by_age[0][0] and not known
         if not known:
-            rows["capture", 0] = captured
+            measured["capture", 0] = by_age[0][0]
         for age, (right, written) in by_age.items():
-            if age >= 0:
-                rows |= {("recall", age): right, ("written", age): written}
-            if age > 0 and captured and not known:
-                rows["retention", age] = right
-        for key, score in rows.items():
+            measured |= {("recall", age): right, ("written", age): written}
+            if age > 0 and captured:
+                measured["retention", age] = right
+        for key, score in measured.items():
             scores.setdefault(key, {}).setdefault(document, []).append(score)
 
     # recalls of one document are not independent: they are averaged first
@@ -763,148 +637,210 @@ def forgetting_table(recalls):
     return table
 
 
-# ---------------------------------------------------------------------------------------- curves
-# What is drawn is a list of series: (panel, label, {x: y, or [mean, low, high]}), where a panel is
-# what stands at its (x, y).
+# ---- curves --------------------------------------------------------------------------------------
 
-METRICS = {  # of every step
-    "em": "exact match of the answers (dots: held-out)",
-    "imr": "exact match of the recalls (dots: held-out)",
+AGE = "age: turns since the section"
+ANSWERS, RECALLS = "exact match of the answers", "exact match of the recalls"
+CAPTURED = "share captured (age 0), of these retained"
+TITLES = {  # of what is drawn: metrics of every step, held-out figures of a run, measures by age
+    **{"em": ANSWERS, "trajectory": ANSWERS, "imr": RECALLS, "recall": RECALLS},
+    "questions": "exact match of held-out questions",
     "R_E": "reward of a trajectory",
     "kl": "KL to the reference, per token",
     "len": "tokens of a response",
+    "written": "share of names in memory",
+    **{"capture": CAPTURED, "retention": CAPTURED},
 }
-HELDOUT = {"trajectory": METRICS["em"], "recall": METRICS["imr"]}
 
 
 def curves(args):
     """One picture: what runs did by step, longqa tables by length, forgetting tables by age."""
-    series = []
-    for path in map(Path, args.inputs):
-        if path.is_dir():
-            series += run_series(path)
-            continue
-        other = f"{path}: not a table that eval.py longqa or forgetting wrote"
-        with data.explained(other, ValueError):  # not JSON, or not even text
-            record = json.loads(path.read_text())
-        record = record if isinstance(record, dict) else {}
-        rows = [row for row in record.get("table", {}).values() if "document_tokens" in row]
-        lengths = {row["document_tokens"]: row["em"] for row in rows}
-        if lengths:
-            series.append((("tokens of the document", "exact match"), path.stem, lengths))
-        elif "forgetting" in record:
-            series += forgetting_series(record["forgetting"], path.stem)
-        else:
-            raise InputError(other)
-    draw(series, args.out)
+    draw([(path.stem, *values_of(path)) for path in map(Path, args.inputs)], args.out)
 
 
-def run_series(run):
-    """Lines of a run's metrics by step, dots of its looks at held-out rows."""
-    lines, looks, series = train.read_metrics(run), {}, []
-    for name, title in METRICS.items():
-        values = {line["step"]: line[name] for line in lines if name in line}
-        if values:
-            series.append((("step", title), run.name, values))
-    for line in lines:
-        for kind, row in line.get("heldout", {}).items():
-            looks.setdefault(kind, {})[line["step"]] = row[:3]
-    for kind, scores in looks.items():
-        title = HELDOUT.get(kind, f"exact match, held-out {kind}")
-        series.append((("step", title), run.name, scores))
-    return series
+def values_of(path):
+    """-> (what stands at the x axis, {name, in TITLES: {x: y, or [mean, low, high, ..]}}) of a
+    run's folder, or of a table of longqa or forgetting. InputError for anything else."""
+    if path.is_dir():
+        values = {}
+        for line in train.read_metrics(path):
+            for name, value in (line | line.get("heldout", {})).items():
+                values.setdefault(name, {})[line["step"]] = value
+        return "step", values
+
+    other = f"{path}: not a table that eval.py longqa or forgetting wrote"
+    with data.explained(other, ValueError):  # not JSON, or not even text
+        record = json.loads(path.read_text())
+    record = record if isinstance(record, dict) else {}
+    if "forgetting" in record:
+        return AGE, record["forgetting"]
+    lengths = {}
+    for figures in record.get("table", {}).values():
+        if "document_tokens" in figures:
+            lengths[figures["document_tokens"]] = figures["em"]
+    if not lengths:
+        raise InputError(other)
+    return "tokens of the document", {"em": lengths}
 
 
-def forgetting_series(table, label):
-    """Recall by age, the names in memory by age; capture, a dot at age 0, and retention."""
-    both = "share captured (age 0), of these retained"
-    panels = {"recall": "exact match of recalls by age", "written": "share of names in memory"}
-    panels |= {"capture": both, "retention": both}
-    series = []
-    for name, title in panels.items():
-        scores = {int(age): row[:3] for age, row in table[name].items()}
-        if scores:
-            series.append((("age: turns since the section", title), label, scores))
-    return series
+def draw(sources, out):
+    """A picture of [(label, x, values)], see values_of: a panel a title, one colour a label; lines
+    are what training measured, dots with their intervals what was measured on other data."""
+    from matplotlib.figure import Figure
 
-
-def draw(series, out):
-    """A picture with a grid of panels, one colour a label."""
-    if not series:
+    panels = {}  # (x, title) -> [(values, style)]
+    for number, (label, x, values) in enumerate(sources):
+        for name, title in TITLES.items():
+            if values.get(name):
+                style = {"label": label, "color": f"C{number}"}
+                panels.setdefault((x, title), []).append((values[name], style))
+    if not panels:
         raise InputError(f"{out}: nothing to draw yet: no step is done")
-    pyplot = open_pyplot()
-    panels = list(dict.fromkeys(panel for panel, _, _ in series))
-    labels = list(dict.fromkeys(label for _, label, _ in series))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(5.2 * columns, 3.7 * rows), squeeze=False
-    )
-    for axes, (x, y) in zip(grid.flat, panels):
-        axes.set(xlabel=x, title=y, xscale="log" if x.startswith("tokens") else "linear")
-        if y.startswith(("exact match", "share")):
-            axes.set(ylim=(0, 1.02))
-        if x.startswith("age"):
-            axes.locator_params("x", integer=True)
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
 
-    for panel, label, values in series:
-        axes, color = grid.flat[panels.index(panel)], f"C{labels.index(label)}"
-        if isinstance(next(iter(values.values())), list):
-            dots(axes, values, label, color)
-        else:
-            axes.plot(list(values), list(values.values()), alpha=0.5, color=color, label=label)
-    for axes in grid.flat[: len(panels)]:
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.7 * lines), layout="tight")
+    for number, ((x, title), drawn) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(lines, columns, number, xlabel=x, title=title)
+        axes.set(xscale="log" if x.startswith("tokens") else "linear")
+        axes.set(ylim=(0, 1.02) if title.startswith(("exact match", "share")) else None)
+        for values, style in drawn:
+            at, y = [float(each) for each in values], np.array(list(values.values()))
+            if y.ndim == 1:
+                axes.plot(at, y, alpha=0.5, **style)
+            else:
+                mean, low, high = y[:, :3].T
+                axes.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, **style)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
         axes.legend(handles.values(), handles.keys(), fontsize="small")
-    figure.tight_layout()
-    figure.savefig(out, dpi=150)
+    with data.explained(f"--out {out}", ValueError), data.whole_or_nothing(out) as partial:
+        figure.savefig(partial, dpi=150, format=Path(out).suffix[1:] or "png")
     print(out)
 
 
-def dots(axes, scores, label, color):
-    """Draws {x: [mean, low, high]}."""
-    mean, low, high = np.array(list(scores.values())).T
-    errors = [mean - low, high - mean]
-    axes.errorbar(list(scores), mean, errors, marker="o", capsize=3, label=label, color=color)
+# ------------------------------------------------------------- command line, model, held-out data
 
-
-def open_pyplot():
-    """matplotlib is optional. DataError where it is missing."""
-    with data.explained("a picture needs matplotlib: pip install matplotlib", ImportError):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    return pyplot
-
-
-# -------------------------------------------------------------------------------------- commands
-
-
-class Command(NamedTuple):
-    run: object  # args -> what it prints and writes
-    task: str  # of train.py, whose settings it takes
-    needs: tuple  # flags, or words for the inputs
-
-
-COMMANDS = {
-    "memtrain": Command(memtrain, "memtrain", ("--model",)),
-    "longqa": Command(questions, "longqa", ("--model", "--out")),
-    "searchqa": Command(questions, "searchqa", ("--model", "--out")),
-    "filter": Command(questions, "longqa", ("--model", "--data", "--out")),
-    "ask": Command(ask, "longqa", ("--model", "--document", "a question")),
-    "view": Command(view, None, ("a run", "--out")),
-    "forgetting": Command(forgetting, "memtrain", ("--model", "--out")),
-    "curves": Command(curves, None, ("runs", "--out")),
+COMMANDS = {  # name: (function, task of train.py whose settings it takes, what it needs)
+    "memtrain": (memtrain, "memtrain", ["--model"]),
+    "longqa": (questions, "longqa", ["--model", "--out"]),
+    "searchqa": (questions, "searchqa", ["--model", "--out"]),
+    "filter": (questions, "longqa", ["--model", "--data", "--out"]),
+    "ask": (ask, "longqa", ["--model", "--document", "a question"]),
+    "view": (view, None, ["a run", "--out"]),
+    "forgetting": (forgetting, "memtrain", ["--model", "--out"]),
+    "curves": (curves, None, ["runs", "--out"]),
 }
+# flags of train.py that are flags here
+SETTINGS = (
+    "chunk_tokens memory_tokens answer_tokens prompt_order kv_tokens retriever encoder passages "
+    "result_tokens objectives turns eval_documents seed"
+).split()
 
 
-@distributed.one_line_errors(data.DataError)
+def parse(argv=None):
+    """Command line -> its flags; those of train.py are there only where they were given."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add = parser.add_argument
+    add("command", choices=list(COMMANDS))
+    inputs = "runs and tables (curves), a run (view), questions (ask)"
+    add("inputs", nargs="*", default=[], help=inputs)
+    add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
+    add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
+    add("--document", help="a text in UTF-8; - is what comes in (ask)")
+    add("--out", help="the table as JSON; questions left (filter); picture (curves); page (view)")
+    add("--quiet", action="store_true", help="print the answers alone (ask)")
+    add("--html", help="the memories and answers as a page (ask)")
+    add("--png", help="the curve as a picture (forgetting)")
+    modes = ("memory", "full_context")
+    add("--mode", choices=modes, default="memory", help="of reading (longqa, ask) [memory]")
+    add("--greedy", action="store_true", help="temperature 0")
+    add("--temperature", type=float, default=0.7, help="[0.7]; documents: as in training")
+    add("--top_p", type=float, default=0.95, help="[0.95]; documents: 1")
+    add("--samples", type=int, default=1, help="answers to every question [1]")
+    add("--batch", type=int, default=32, help="samples in lock step on a rank [32]")
+    settings = "settings", "without the flag those of the model's memtrain.json; else as in [..]"
+    train.add_flags(parser.add_argument_group(*settings), SETTINGS)
+    args = parser.parse_intermixed_args(argv)  # questions may stand after flags
+
+    _, _, needs = COMMANDS[args.command]
+    for name in needs:
+        if not (getattr(args, name[2:]) if name.startswith("--") else args.inputs):
+            raise InputError(f"{args.command} needs {name}")
+    return args
+
+
+def config_of(args):
+    """Flags -> train.Config, filled up from the model's memtrain.json."""
+    _, task, _ = COMMANDS[args.command]
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    given |= {"task": task, "model": args.model, "max_chunks": 10**9}
+    if args.data:
+        given["data"] = args.data
+    return train.configure(given)
+
+
+def open_model(args, cfg):
+    """-> (Setup, Policy)"""
+    device = distributed.start_ranks()
+    policy, tokenizer = train.open_policy(cfg.model, device)
+    policy.eval()
+    search = train.open_search(cfg)
+    kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)
+    temperature, top_p = args.temperature, args.top_p
+    if cfg.task == "memtrain":
+        temperature, top_p = cfg.temperature, 1.0
+    if args.greedy:
+        temperature = 0
+    if args.mode == "memory" and args.command != "filter":
+        note_task(cfg)
+    sampling = dict(kv_tokens=kv_tokens, search=search, temperature=temperature, top_p=top_p)
+    return train.open_setup(cfg, policy, tokenizer, **sampling), policy
+
+
+def note_task(cfg):
+    """Says it where a model was trained with another agent than the one that answers here."""
+    agents = {"memtrain": "Reader", "longqa": "Reader", "searchqa": "Searcher"}
+    task = train.model_settings(cfg.model).get("task", cfg.task)
+    if distributed.rank() == 0 and agents.get(task) != agents[cfg.task]:
+        note = f"trained by --task {task}; this command answers with a {agents[cfg.task]}"
+        print(f"note: {cfg.model} was {note}", file=sys.stderr)
+
+
+def load_sets(args, cfg):
+    """[NAME=]FILE .., or the held-out files of the model's settings -> {name: questions}"""
+    sets = {}
+    for given in args.data or cfg.heldout:
+        named = re.fullmatch(r"([^=/]+)=(.+)", given)
+        if named and not os.path.exists(given):
+            name, path = named.groups()
+        else:
+            name, path = Path(given).name.split(".")[0], given
+        if name in (*sets, "average"):
+            raise InputError(f"--data: two sets are called {name}; write NAME={path}")
+        objectives = cfg.objectives if cfg.task == "searchqa" else None
+        sets[name] = data.load_questions(path, objectives, long=args.command == "longqa")
+    if not sets:
+        raise InputError(f"--model {cfg.model} names no held-out questions: add --data FILE ..")
+    return sets
+
+
+def heldout_documents(cfg):
+    """The first eval_documents of those that the folders of --data hold out."""
+    rows = []
+    for path in cfg.data:
+        documents = data.load_documents(path, "heldout")
+        if not len(documents):
+            raise InputError(f"{path}: none held out (data.py build --heldout N)")
+        rows += [documents[i] for i in range(min(cfg.eval_documents - len(rows), len(documents)))]
+    return rows
+
+
+@distributed.one_line_errors(InputError)
 def main(argv=None):
     args = parse(argv)
-    COMMANDS[args.command].run(args)
+    run, _, _ = COMMANDS[args.command]
+    run(args)
 
 
 if __name__ == "__main__":

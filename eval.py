@@ -76,7 +76,7 @@ def questions(args):
     cfg = config_of(args)
     sets = load_sets(args, cfg)
     setup, policy = open_model(args, cfg)
-    open_parts(args, cfg, sets, policy.lm)
+    open_parts(args, cfg, sets)
     records = {}
     for name, rows in sets.items():
         if args.command != "filter" and args.mode == "memory":
@@ -88,8 +88,8 @@ def questions(args):
         write_table(args.out, cfg, records)
 
 
-def make_agent(args, setup, row, key, context):
-    """The agent that answers the question of a row; context: tokens of the model's window."""
+def make_agent(args, setup, policy, row, key):
+    """The agent that answers the question of a row."""
     cfg, prompts = setup.cfg, setup.prompts
     problem = prompts.encode(row["question"])
     if args.command == "searchqa":
@@ -97,7 +97,7 @@ def make_agent(args, setup, row, key, context):
     if args.command == "filter":
         return Asker(prompts, prompts.closed_book(problem=problem), cfg.answer_tokens, key)
     if args.mode == "full_context":
-        document = prompts.encode(row["context"])
+        document, context = prompts.encode(row["context"]), train.context_of(policy.lm)
         return WholeReader(prompts, problem, document, context, cfg.answer_tokens, key)
     chunks = [chunk.ids for chunk in train.chunks_of(setup, prompts.clean(row["context"]))]
     reader = ShownReader if args.command == "ask" and not args.quiet else Reader
@@ -149,21 +149,26 @@ def record_of(agent, row):
 
 def run_set(args, setup, policy, name, rows):
     """Runs what OUT.parts/ lacks of a set. -> records of all ranks, by question and sample"""
-    done = read_parts(args.out, name)
+    # what is there already, of any number of ranks
+    folder, done = Path(f"{args.out}.parts", name), {}
+    for path in folder.glob("rank*.jsonl"):
+        for line in path.open():
+            with contextlib.suppress(json.JSONDecodeError):  # the last may be broken off
+                record = json.loads(line)
+                done[record["index"], record["sample"]] = record
     torch.distributed.barrier()  # all ranks have read before any writes
     wanted = list(itertools.product(range(len(rows)), range(args.samples)))
     missing = [key for key in wanted if key not in done]
 
-    context = train.context_of(policy.lm)
-    path = Path(f"{args.out}.parts", name, f"rank{distributed.rank()}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), gathered(policy), path.open("a") as file:
+    # the rest, a batch in lock step, a line for each sample
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f"rank{distributed.rank()}.jsonl").open("a")
+    with torch.no_grad(), gathered(policy), file:
         file.write("\n")  # ends a line that broke off
         for batch in batches(missing, args.batch, name):
             agents = []
             for index, sample in batch:
-                key = (name, index, sample)
-                agents.append(make_agent(args, setup, rows[index], key, context))
+                agents.append(make_agent(args, setup, policy, rows[index], (name, index, sample)))
             rollout(agents, setup.sampler, setup.search)
             for (index, sample), agent in zip(batch, agents):
                 record = {"index": index, "sample": sample, "id": rows[index]["id"]}
@@ -171,7 +176,6 @@ def run_set(args, setup, policy, name, rows):
                 done[index, sample] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
-
     done = collections.ChainMap(*all_gather(done))
     return [done[key] for key in wanted]
 
@@ -187,19 +191,23 @@ def batches(items, size, name):
             bar.update(len(batch) * world)
 
 
-def open_parts(args, cfg, sets, lm):
-    """Makes OUT.parts/. InputError where it holds samples of another model, flags or questions:
-    what a path named then is something else than what it names now."""
+def open_parts(args, cfg, sets):
+    """Makes OUT.parts/. InputError where it holds samples of another model, flags or questions,
+    though their names may be the same."""
+    if distributed.rank() > 0:
+        return
     free = ("data", "out", "samples", "batch", "kv_tokens")  # no sample depends on them
     flags = {name: value for name, value in vars(args).items() if name not in free}
-    content = {"flags": flags | {"model": cfg.model}, "files": files_of(cfg, lm)}
+    content = {"flags": flags, "model": content_of_model(cfg)}
     for name, rows in sets.items():
         texts = [[row["question"], row["answers"], row["context"]] for row in rows]
-        content[f"questions of {name}"] = digest(texts)
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        content[f"questions of {name}"] = digest
+
     file = Path(f"{args.out}.parts", "flags.json")
     before = json.loads(file.read_text()) if file.exists() else {}
     for name, value in content.items():
-        if distributed.rank() == 0 and before.get(name, value) != value:
+        if before.get(name, value) != value:
             raise InputError(
                 f"{file.parent} holds samples of another model, other flags or other questions: "
                 f"other {name}, see {file.name} there: delete the folder, or choose another --out"
@@ -207,31 +215,21 @@ def open_parts(args, cfg, sets, lm):
     write_json(file, before | content)
 
 
-def files_of(cfg, lm):
-    """What a model's answers depend on: its commit on the Hub, or size and time of its files."""
-    memtrain_json = digest(train.model_settings(cfg.model))
-    found = {"commit": getattr(lm.config, "_commit_hash", None), "memtrain.json": memtrain_json}
+def content_of_model(cfg):
+    """What answers depend on beside flags: sizes and times of a model's files, prompts and settings
+    that it brings, the corpus that is searched. A snapshot of the Hub is named after its commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(cfg.model)
+    if not folder.is_dir():
+        folder = Path(try_to_load_from_cache(cfg.model, "config.json") or "").parent
     paths = [Path(cfg.retriever)] if os.path.isfile(cfg.retriever) else []
     for pattern in ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*"):
-        paths += Path(cfg.model).glob(pattern)
+        paths += folder.glob(pattern)
+    content = {"folder": str(folder), "memtrain.json": train.model_settings(cfg.model)}
     for path in paths:
-        found[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
-    return found
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def read_parts(out, name):
-    """The finished samples of a set: {(question, sample): record}"""
-    done = {}
-    for path in Path(f"{out}.parts", name).glob("rank*.jsonl"):
-        for line in path.open():
-            with contextlib.suppress(json.JSONDecodeError):  # the last may be broken off
-                record = json.loads(line)
-                done[record["index"], record["sample"]] = record
-    return done
+        content[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return content
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -336,9 +334,9 @@ def ask(args):
         print(f"{args.document}: {pieces}{often if len(rows) > 1 else ''}")
 
     # read and answer
-    agents, context = [], train.context_of(policy.lm)
+    agents = []
     for number, row in enumerate(rows):
-        agents.append(make_agent(args, setup, row, ("ask", number), context))
+        agents.append(make_agent(args, setup, policy, row, ("ask", number)))
     with torch.no_grad(), gathered(policy):
         rollout(agents, setup.sampler)
     if distributed.rank() > 0:
@@ -515,8 +513,7 @@ def forgetting(args):
       capture    exact match at age 0, of the entities that no memory was right about
       retention  exact match at this age, of the captured ones
     Each is a mean over documents of a document's share, with a 95 % interval and the number of
-    documents. Age a needs a more sections behind one, so that large ages are about early sections:
-    compare models at an age, rather than ages.
+    documents. Large ages are about early sections: compare models at an age, rather than ages.
     """
     cfg = config_of(args)
     setup, policy = open_model(args, cfg)
@@ -655,7 +652,7 @@ TITLES = {  # of what is drawn: metrics of every step, held-out figures of a run
 
 def curves(args):
     """One picture: what runs did by step, longqa tables by length, forgetting tables by age."""
-    draw([(path.stem, *values_of(path)) for path in map(Path, args.inputs)], args.out)
+    draw([(given, *values_of(Path(given))) for given in args.inputs], args.out)
 
 
 def values_of(path):
@@ -739,8 +736,12 @@ SETTINGS = (
 
 def parse(argv=None):
     """Command line -> its flags; those of train.py are there only where they were given."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="eval.py COMMAND [inputs ..] [--flag value ..]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("command", choices=list(COMMANDS))
     inputs = "runs and tables (curves), a run (view), questions (ask)"
@@ -792,19 +793,17 @@ def open_model(args, cfg):
         temperature, top_p = cfg.temperature, 1.0
     if args.greedy:
         temperature = 0
-    if args.mode == "memory" and args.command != "filter":
-        note_task(cfg)
     sampling = dict(kv_tokens=kv_tokens, search=search, temperature=temperature, top_p=top_p)
-    return train.open_setup(cfg, policy, tokenizer, **sampling), policy
+    setup = train.open_setup(cfg, policy, tokenizer, **sampling)
 
-
-def note_task(cfg):
-    """Says it where a model was trained with another agent than the one that answers here."""
+    # a model that was trained as another agent than the one that answers here
     agents = {"memtrain": "Reader", "longqa": "Reader", "searchqa": "Searcher"}
-    task = train.model_settings(cfg.model).get("task", cfg.task)
-    if distributed.rank() == 0 and agents.get(task) != agents[cfg.task]:
-        note = f"trained by --task {task}; this command answers with a {agents[cfg.task]}"
-        print(f"note: {cfg.model} was {note}", file=sys.stderr)
+    task, agent = train.model_settings(cfg.model).get("task", cfg.task), agents[cfg.task]
+    reads_in_turns = args.mode == "memory" and args.command != "filter"
+    if agents.get(task) != agent and reads_in_turns and distributed.rank() == 0:
+        note = f"was trained by --task {task}; this command answers with a {agent}"
+        print(f"note: {cfg.model} {note}", file=sys.stderr)
+    return setup, policy
 
 
 def load_sets(args, cfg):

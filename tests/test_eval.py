@@ -4,6 +4,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -59,32 +60,22 @@ def facts(count, gold=True):
     sentences = [f"{name} is colour{i}." for i, name in enumerate(names)]
     rows = []
     for i, name in enumerate(names):
-        told = sentences if gold else sentences[:i] + sentences[i + 1 :]
-        rows.append(
-            {
-                "id": name,
-                "question": f"What is {name}?",
-                "answers": [f"colour{i}"],
-                "context": " ".join(told),
-            }
-        )
+        told = " ".join(sentences if gold else sentences[:i] + sentences[i + 1 :])
+        row = {"id": name, "question": f"What is {name}?", "answers": [f"colour{i}"]}
+        rows.append({**row, "context": told})
     return rows
 
 
-def records_of(folder, tokenizer, rows, sampler=FindsInMemory, command="longqa", **flags):
-    """eval.py's records of a set named facts, with a scripted model in a context of 4096 tokens."""
-    out = str(folder / "table.json")
-    Path(f"{out}.parts").mkdir(exist_ok=True, parents=True)
-    args = Namespace(
-        **{"command": command, "mode": "memory", "samples": 1, "batch": 5, "out": out, **flags}
-    )
+def records_of(folder, tokenizer, rows, sampler=FindsInMemory, name="facts", model=None, **flags):
+    """eval.py's records of a set, with a scripted model in a context of 4096 tokens."""
+    args = {"command": "longqa", "mode": "memory", "samples": 1, "batch": 5}
+    args = Namespace(**{**args, "out": str(folder / "table.json"), **flags})
     prompts = Prompts(tokenizer)
     cfg = train.Config(chunk_tokens=24, memory_tokens=64, answer_tokens=64, max_chunks=10**9)
     policy = torch.nn.Module()
-    policy.lm = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
-    return evaluation.run_set(
-        args, train.Setup(cfg, prompts, sampler(prompts)), policy, "facts", rows
-    )
+    policy.lm = SimpleNamespace(config=model or Qwen3Config(max_position_embeddings=4096))
+    setup = train.Setup(cfg, prompts, sampler(prompts))
+    return evaluation.run_set(args, setup, policy, name, rows)
 
 
 def test_a_model_that_searches_its_memory_is_right_where_the_document_tells(
@@ -116,7 +107,7 @@ def test_a_stopped_evaluation_goes_on_and_counts_every_sample_once(alone, tokeni
     keys = [(record["index"], record["sample"]) for record in whole]
     assert keys == [(index, sample) for index in range(8) for sample in range(2)]
 
-    part = tmp_path / "table.json.parts" / "facts.rank0.jsonl"
+    part = tmp_path / "table.json.parts" / "facts" / "rank0.jsonl"
     for kept in (5, 9):  # killed while the next line was being written, twice
         lines = part.read_text().splitlines(keepends=True)
         part.write_text("".join(lines[:kept]) + lines[kept][:20])
@@ -131,10 +122,22 @@ def test_samples_on_other_ranks_count_and_more_samples_add_to_those_that_are_the
     alone, tokenizer, tmp_path
 ):
     first = records_of(tmp_path, tokenizer, facts(4))
-    parts = tmp_path / "table.json.parts"
-    (parts / "facts.rank0.jsonl").rename(parts / "facts.rank7.jsonl")
+    parts = tmp_path / "table.json.parts" / "facts"
+    (parts / "rank0.jsonl").rename(parts / "rank7.jsonl")
     more = records_of(tmp_path, tokenizer, facts(4), samples=3)
     assert [record for record in more if record["sample"] == 0] == first and len(more) == 12
+
+
+@pytest.mark.parametrize("name", ["a[1]", "*", "a?", "a=b", "a.rank0", "a b"])
+def test_a_set_keeps_its_samples_whatever_it_is_called(name, alone, tokenizer, tmp_path):
+    def nothing(prompts):
+        return None  # no sampler: all samples must be there
+
+    named = records_of(tmp_path, tokenizer, facts(3), name=name)
+    other = records_of(tmp_path, tokenizer, facts(3, gold=False), name="a")
+    assert [record["em"] for record in named + other] == [1, 1, 1, 0, 0, 0]
+    assert records_of(tmp_path, tokenizer, facts(3), nothing, name) == named
+    assert records_of(tmp_path, tokenizer, facts(3, gold=False), nothing, "a") == other
 
 
 def test_nothing_that_a_model_writes_breaks_the_lines_that_samples_are_kept_in(
@@ -195,7 +198,7 @@ def test_a_whole_document_is_cut_in_the_middle_to_the_context_and_says_so(tokeni
     assert not whole.document_cut and text in prompts.text(whole.ids)
     assert short.document_cut and len(short.ids) + 16 == 512
     assert "word0 " in prompts.text(short.ids) and "word399" in prompts.text(short.ids)
-    with pytest.raises(ValueError, match="lower it"):
+    with pytest.raises(data.InputError, match="lower --answer_tokens"):
         read(20)
 
 
@@ -216,6 +219,23 @@ def test_full_context_shows_in_one_turn_the_document_that_memory_mode_reads_in_m
     assert memory["turns"] > 2 and memory["document_tokens"] == whole["document_tokens"]
 
 
+def test_the_whole_document_fills_the_context_of_the_model_and_yarn_widens_it(
+    alone, tokenizer, tmp_path
+):
+    class Silent(FindsInMemory):
+        def respond(self, text):
+            return ""
+
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+    for rope, cut in ((None, 1), (yarn | {"rope_theta": 1e4}, 0)):
+        model = Qwen3Config(max_position_embeddings=512, rope_parameters=rope)
+        flags = {"model": model, "mode": "full_context"}
+        (record,) = records_of(tmp_path / str(cut), tokenizer, facts(60)[:1], Silent, **flags)
+        prompt = record["peak_context"] - 1  # an end token is the response
+        assert record["document_cut"] == cut
+        assert prompt + 64 == 512 if cut else 512 < prompt + 64 <= 4096
+
+
 def test_the_filter_asks_without_the_context_and_drops_what_is_known(
     alone, tokenizer, tmp_path, capsys
 ):
@@ -228,60 +248,78 @@ def test_the_filter_asks_without_the_context_and_drops_what_is_known(
     records = records_of(tmp_path, tokenizer, rows, Knows, command="filter", samples=2)
     evaluation.write_questions(tmp_path / "left.jsonl", {"facts": rows}, {"facts": records})
     left = data.load_questions(str(tmp_path / "left.jsonl"))
-    assert [row["id"] for row in left] == ["NameAA", "NameAC"] and left[0]["context"] == rows[0][
-        "context"
-    ]
+    assert [row["id"] for row in left] == ["NameAA", "NameAC"]
+    assert left[0]["context"] == rows[0]["context"]
     assert "2 of 3 questions" in capsys.readouterr().out
 
 
 def test_sets_have_names_and_default_to_the_held_out_files_of_the_models_settings(
-    pocket_model, tmp_path
+    pocket_model, tmp_path, monkeypatch
 ):
     def sets(*flags):
         args = evaluation.parse(["longqa", "--model", pocket_model, "--out", "x", *flags])
-        return evaluation.load_sets(args, evaluation.config_of(args))
+        return list(evaluation.load_sets(args, evaluation.config_of(args)))
 
-    named, plain = tmp_path / "lr=1" / "a.jsonl", tmp_path / "b.dev.jsonl"
-    for file in (named, plain):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in facts(2)))
-    assert list(sets("--data", f"nq={named}", str(named), str(plain))) == ["nq", "a", "b"]
-    with pytest.raises(ValueError, match="two sets are called a"):
-        sets("--data", str(named), str(named))
+    settings = train.model_settings(pocket_model)["settings"]["longqa"]
+    assert sets() == [Path(path).name.split(".")[0] for path in settings["heldout"]]
 
-    settings = json.loads(Path(pocket_model, "memtrain.json").read_text())["settings"]["longqa"]
-    assert [len(rows) for rows in sets().values()] == [
-        len(data.load_questions(path)) for path in settings["heldout"]
-    ]
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    for file in ("lr=1/a.jsonl", "b.dev.jsonl", "c[1]*.jsonl", "d=1.jsonl"):
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in facts(2)))
+    given = ["nq=lr=1/a.jsonl", "lr=1/a.jsonl", "b.dev.jsonl", "c[1]*.jsonl", "d=1.jsonl"]
+    assert sets("--data", *given) == ["nq", "a", "b", "c[1]*", "d=1"]
+    assert sets("--data", f"e={tmp_path}/d=1.jsonl", f"{tmp_path}/lr=1/a.jsonl") == ["e", "a"]
+    for same in (["lr=1/a.jsonl"] * 2, ["a=b.dev.jsonl", "lr=1/a.jsonl"], ["average=d=1.jsonl"]):
+        with pytest.raises(data.InputError, match="two sets are called a"):
+            sets("--data", *same)
 
 
 def test_flags_win_over_the_models_settings_and_nothing_is_too_long_to_read(pocket_model):
-    settings = train.model_settings(pocket_model)["settings"]["all"]
-    cfg = evaluation.config_of(
-        evaluation.parse(["memtrain", "--model", pocket_model, "--memory_tokens", "7"])
-    )
-    assert (
-        cfg.memory_tokens == 7 != settings["memory_tokens"]
-        and cfg.chunk_tokens == settings["chunk_tokens"]
-    )
-    assert (
-        cfg.max_chunks >= 10**9
-        and cfg.data == train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
-    )
+    settings = train.model_settings(pocket_model)["settings"]
+    flags = ["memtrain", "--model", pocket_model, "--memory_tokens", "7"]
+    cfg = evaluation.config_of(evaluation.parse(flags))
+    assert cfg.memory_tokens == 7 != settings["all"]["memory_tokens"]
+    assert cfg.chunk_tokens == settings["all"]["chunk_tokens"]
+    assert cfg.max_chunks >= 10**9 and cfg.data == settings["memtrain"]["data"]
+
+
+def test_help_says_where_defaults_come_from(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse(["--help"])
+    own, settings = capsys.readouterr().out.split("\nsettings:\n")
+    assert "the model's memtrain.json" in settings and "--chunk_tokens" in settings
+    assert "[memory]" in own and "[0.7]" in own and "[32]" in own and "--chunk_tokens" not in own
+
+
+@pytest.mark.parametrize("task, command, agent", [
+    ("mine", "longqa", "Reader"), ("mine", "memtrain", "Reader"), ("mine", "searchqa", "Searcher"),
+    ("searchqa", "longqa", "Reader"), ("memtrain", "searchqa", "Searcher"),
+    ("longqa", "memtrain", None), ("memtrain", "longqa", None), ("searchqa", "searchqa", None),
+    (None, "longqa", None), ("mine", "filter", None),
+])  # fmt: skip
+def test_a_model_that_another_agent_was_trained_for_gets_a_note(
+    task, command, agent, pocket_model, tmp_path, capsys, monkeypatch, alone
+):
+    monkeypatch.setattr(distributed, "start_ranks", lambda: alone)
+    model = tmp_path / "model"
+    shutil.copytree(pocket_model, model)
+    settings = train.model_settings(pocket_model) | ({"task": task} if task else {})
+    (model / "memtrain.json").write_text(json.dumps(settings))
+    flags = [command, "--model", str(model), "--out", "x", "--data", "y"]
+    args = evaluation.parse(flags)
+    evaluation.open_model(args, evaluation.config_of(args))
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    said = f"note: {model} was trained by --task {task}; this command answers with a {agent}"
+    assert notes == ([said] if agent else [])
 
 
 def run(arguments, folder, ranks=1):
     """eval.py in processes of their own; -> what it prints"""
     script = [str(ROOT / "eval.py"), *arguments]
     if ranks > 1:
-        script = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(ranks),
-            *script,
-        ]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        script = launch + script
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *script], capture_output=True, text=True, env=env, cwd=folder, timeout=300
@@ -290,45 +328,31 @@ def run(arguments, folder, ranks=1):
     return done.stdout
 
 
-def first_rows(pocket_model, task, count, folder):
+def first_rows(pocket_model, task, count, folder, skip=0):
     """A file with the first held-out questions that a model's settings name."""
     path = train.model_settings(pocket_model)["settings"][task]["heldout"][0]
+    lines = Path(path).read_text().splitlines(keepends=True)
     file = folder / f"{task}.jsonl"
-    file.write_text("".join(Path(path).read_text().splitlines(keepends=True)[:count]))
+    file.write_text("".join(lines[skip : skip + count]))
     return file.name
 
 
 def test_two_ranks_give_the_table_of_one_with_sampling(pocket_model, tmp_path):
     file = first_rows(pocket_model, "longqa", 6, tmp_path)
+    flags = ["--model", pocket_model, "--data", f"a={file}", f"b={file}"]
+    flags += ["--samples", "2", "--batch", "4", "--temperature", "2"]
     tables = []
     for ranks in (1, 2):
-        flags = [
-            "--model",
-            pocket_model,
-            "--data",
-            f"a={file}",
-            f"b={file}",
-            "--samples",
-            "2",
-            "--batch",
-            "4",
-        ]
         run(["longqa", *flags, "--out", f"{ranks}.json"], tmp_path, ranks)
         tables.append(json.loads((tmp_path / f"{ranks}.json").read_text())["table"])
-    assert (
-        tables[0] == tables[1]
-        and list(tables[0]) == ["a", "b", "average"]
-        and tables[0]["a"]["n"] == 6
-    )
+    assert tables[0] == tables[1] and list(tables[0]) == ["a", "b", "average"]
+    assert tables[0]["a"]["n"] == 6
     answers = {}
-    for part in (tmp_path / "1.json.parts").glob("*.jsonl"):
-        answers[part.name] = [
-            json.loads(line)["answer"] for line in part.read_text().splitlines() if line
-        ]
-    assert (
-        answers["a.rank0.jsonl"] != answers["b.rank0.jsonl"]
-    )  # noise is of the set, question and sample
-    assert len(set(answers["a.rank0.jsonl"])) > 6
+    for name in "ab":
+        lines = (tmp_path / "1.json.parts" / name / "rank0.jsonl").read_text().split("\n")
+        answers[name] = [json.loads(line)["answer"] for line in lines if line]
+    assert answers["a"] != answers["b"]  # noise is of the set, question and sample
+    assert len(set(answers["a"])) > 6
 
 
 def test_memtrain_prints_held_out_figures_with_intervals(pocket_model, tmp_path):
@@ -352,7 +376,7 @@ def test_searchqa_searches_the_corpus_of_the_models_settings(
     seen = []
 
     def answers_after_a_search(cfg, policy, tokenizer, *, search, **sampling):
-        def sampler(asked, limits, keys):
+        def sampler(asked, limits, keys, stops=None):
             responses = []
             for ids, (_, index, _, turn) in zip(asked, keys):
                 seen.append(tokenizer.decode(ids))
@@ -375,24 +399,68 @@ def test_searchqa_searches_the_corpus_of_the_models_settings(
     assert ["<information>" in text for text in seen] == [False, False, True, True]
 
 
-def test_samples_of_another_model_or_other_flags_are_refused(alone, tmp_path):
-    def open_parts(model, *flags):
-        args = evaluation.parse(
-            ["longqa", "--model", "x", "--out", str(tmp_path / "t.json"), *flags]
-        )
-        evaluation.open_parts(args, train.Config(model=model))
+CONTENT = ["config.json", "model.safetensors", "memtrain.json", "tokenizer.json", "corpus.jsonl"]
 
-    open_parts("step-000100")
-    open_parts(
-        "step-000100", "--samples", "4", "--batch", "7", "--data", "more.json", "--kv_tokens", "9"
-    )
-    for other in (
-        ["step-000200"],
-        ["step-000100", "--greedy"],
-        ["step-000100", "--chunk_tokens", "9"],
-    ):
-        with pytest.raises(ValueError, match="another model or other flags"):
-            open_parts(*other)
+
+@pytest.mark.parametrize("change, name", [
+    ({}, None),
+    ({"flags": "--samples 4 --batch 7 --data more.json --kv_tokens 9".split()}, None),
+    ({"sets": {"b": facts(3)}}, None),
+    ({"sets": {"a": [row | {"id": "other"} for row in facts(2)]}}, None),
+    ({"sets": {"a": facts(3)}}, "questions of a"),
+    ({"sets": {"b": [], "a": facts(2, gold=False)}}, "questions of a"),
+    ({"sets": {"a": [row | {"answers": ["x"]} for row in facts(2)]}}, "questions of a"),
+    ({"sets": {"a": [row | {"question": "x"} for row in facts(2)]}}, "questions of a"),
+    ({"flags": ["--greedy"]}, "flags"),
+    ({"flags": ["--chunk_tokens", "9"]}, "flags"),
+    ({"model": "moved"}, "model"),
+    *(({"written": name}, "model") for name in CONTENT),
+])  # fmt: skip
+def test_finished_samples_of_another_model_other_flags_or_other_questions_are_refused(
+    change, name, alone, tmp_path
+):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in CONTENT:
+        (model / file).write_text('{"problem": 1}')
+
+    def open_parts(flags=(), sets={"a": facts(2)}, model=model):
+        out = str(tmp_path / "t.json")
+        args = evaluation.parse(["longqa", "--model", "x", "--out", out, *flags])
+        cfg = train.Config(model=str(model), retriever=str(tmp_path / "model" / "corpus.jsonl"))
+        evaluation.open_parts(args, cfg, sets)
+
+    open_parts()
+    change = dict(change)
+    if "written" in change:
+        (model / change.pop("written")).write_text('{"problem": 2}')
+    if change.get("model"):
+        change["model"] = model.rename(tmp_path / "moved")
+    if name is None:
+        open_parts(**change)
+        open_parts()
+        return
+    with pytest.raises(data.InputError, match=f"other {name}, see flags.json"):
+        open_parts(**change)
+
+
+def test_samples_of_other_questions_at_the_same_path_are_in_no_table(
+    pocket_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for skip, count in ((0, 2), (2, 3)):
+        file = first_rows(pocket_model, "longqa", count, tmp_path, skip)
+        flags = ["longqa", "--model", pocket_model, "--data", file, "--out", "t.json"]
+        if skip == 0:
+            evaluation.main(flags)
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(flags)
+    assert stopped.value.code == 2 and "other questions of longqa" in capsys.readouterr().err
+    assert json.loads(Path("t.json").read_text())["table"]["longqa"]["n"] == 2
+    shutil.rmtree("t.json.parts")
+    evaluation.main(flags)
+    assert json.loads(Path("t.json").read_text())["table"]["longqa"]["n"] == 3
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -418,54 +486,62 @@ def test_evaluation_files_of_memagents_shape_load_whole(file, documents):
         assert row["answers"] and isinstance(row["answers"], list)
 
 
-def test_curves_draw_runs_and_tables_on_one_page(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is optional")
-    looks = {
-        "trajectory": [0.1, 0.0, 0.2, 9],
-        "recall": [0.3, 0.2, 0.4, 9],
-        "questions": [0, 0, 0.3, 9],
-    }
-    looked = {"step": 0, "heldout": looks}
+def test_curves_draw_runs_and_tables_on_one_page(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    monkeypatch.chdir(tmp_path)
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *a, **b: drawn.append(a[0]) or savefig(*a, **b))
+    heldout = {"trajectory": [0.1, 0.0, 0.2, 9], "recall": [0.3, 0.2, 0.4, 9]}
+    evaluated = {"step": 0, "heldout": heldout | {"questions": [0, 0, 0.3, 9]}}
     trained = []
     for step in (1, 2):
         rewards = {"R_E": 0.5 + step, "em": 0.4, "imr": 0.2}
         trained.append({"step": step, **rewards, "kl": 0.01, "len": 30.0, "grad": None})
-    for name, lines in {"looked": [looked, *trained], "plain": trained}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)
-        )
-    rows = {
-        "a": {"em": [0.5, 0.4, 0.6], "document_tokens": 100},
-        "b": {"em": [0.4, 0.3, 0.5], "document_tokens": 200},
-    }
-    (tmp_path / "t.json").write_text(
-        json.dumps({"table": {**rows, "average": {"em": [0.4, 0.3, 0.5]}}})
-    )
-    inputs = [str(tmp_path / name) for name in ("looked", "plain", "t.json")]
-    evaluation.main(["curves", *inputs, "--out", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    runs = ["looked", "plain"]
-    panels = {axes.get_title(): axes.get_legend_handles_labels()[1] for axes in pyplot.gcf().axes}
-    assert {title: sorted(labels) for title, labels in panels.items()} == {
-        evaluation.METRICS["em"]: ["looked", *runs],  # a line each, and dots
-        evaluation.METRICS["imr"]: ["looked", *runs],
-        evaluation.METRICS["R_E"]: runs,
-        evaluation.METRICS["kl"]: runs,
-        evaluation.METRICS["len"]: runs,
-        "exact match, held-out questions": ["looked"],
-        "exact match": ["t"],
+    for name, lines in {"first": [evaluated, *trained], "plain": trained}.items():
+        Path(name).mkdir()
+        Path(name, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = {"average": {"em": [0.4, 0.3, 0.5]}}
+    for name, tokens in {"a": 100, "b": 200}.items():
+        table[name] = {"em": [0.5, 0.4, 0.6], "document_tokens": tokens}
+    Path("t.json").write_text(json.dumps({"table": table}))
+
+    runs = ["first", "plain"]
+    evaluation.main(["curves", *runs, "t.json", "--out", "curves.png"])
+    assert Path("curves.png").read_bytes()[:4] == b"\x89PNG"
+    panels = {}
+    for axes in drawn[0].axes:
+        panels[axes.get_xlabel(), axes.get_title()] = axes.get_legend_handles_labels()[1]
+    assert {panel: sorted(labels) for panel, labels in panels.items()} == {
+        ("step", evaluation.ANSWERS): ["first", *runs],  # a line each, and dots
+        ("step", evaluation.RECALLS): ["first", *runs],
+        ("step", "reward of a trajectory"): runs,
+        ("step", "KL to the reference, per token"): runs,
+        ("step", "tokens of a response"): runs,
+        ("step", "exact match of held-out questions"): ["first"],
+        ("tokens of the document", evaluation.ANSWERS): ["t.json"],
     }
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", "[1]", "no JSON", '{"table": {"E2E": {"em": [1, 1, 1]}}}']
-)
-def test_what_is_no_table_gets_one_line(content, tmp_path, capsys):
-    (tmp_path / "other.json").write_text(content)
+TABLE = '{"table": {"a": {"em": [0.5, 0.4, 0.6], "document_tokens": 9}}}'
+
+
+@pytest.mark.parametrize("content, out, words", [
+    ("{}", "x.png", "other.json: not a table"),
+    ("[1]", "x.png", "other.json: not a table"),
+    ("no JSON", "x.png", "other.json: not a table"),
+    ('{"table": {"E2E": {"em": [1, 1, 1]}}}', "x.png", "other.json: not a table"),
+    (TABLE, "x.xyz", "--out x.xyz"),
+])  # fmt: skip
+def test_what_is_no_table_or_no_picture_gets_one_line(
+    content, out, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text(content)
     with pytest.raises(SystemExit):
-        evaluation.main(["curves", str(tmp_path / "other.json"), "--out", "x.png"])
-    assert "other.json: not a table" in capsys.readouterr().err
+        evaluation.main(["curves", "other.json", "--out", out])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line and not Path(out).exists()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -486,8 +562,8 @@ def test_bad_input_gets_one_line_and_status_2(
     arguments, words, pocket_model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"pocket": pocket_model, "bare": str(tmp_path)}
+    paths = {"pocket": pocket_model, "bare": str(tmp_path)}
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main([argument.format(**places) for argument in arguments])
+        evaluation.main([argument.format(**paths) for argument in arguments])
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stopped.value.code == 2 and words in error and not Path("t.json").exists()

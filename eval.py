@@ -222,7 +222,7 @@ def content_of_model(cfg):
 
     folder = Path(cfg.model)
     if not folder.is_dir():
-        folder = Path(try_to_load_from_cache(cfg.model, "config.json") or "").parent
+        folder = Path(try_to_load_from_cache(cfg.model, "config.json") or f"{cfg.model}/x").parent
     paths = [Path(cfg.retriever)] if os.path.isfile(cfg.retriever) else []
     for pattern in ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*"):
         paths += folder.glob(pattern)

@@ -392,14 +392,13 @@ VIEWED = 48  # most transcripts of a page, spread over a longer run
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: auto; padding: 0 1em }
-article { display: none } article:target { display: block }
-body:not(:has(:target)) article:first-of-type { display: block }
-h2, td, pre { unicode-bidi: plaintext; overflow-wrap: anywhere } caption { font-weight: 600 }
+article { display: none } article:target { display: block } caption { font-weight: 600 }
+body:not(:has(:target)) article:first-of-type { display: block } table { width: 100%% }
+h2, td, pre { unicode-bidi: plaintext; overflow-wrap: anywhere } td { border-top: 1px solid #ccc }
 pre { font: inherit; white-space: pre-wrap; max-height: 60vh; overflow-y: auto }
 .turn { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5em; border-top: 1px solid #bbb }
-.turn > * { min-width: 0 } table { width: 100%% } td { border-top: 1px solid #ccc }
-mark { background: #fd6 } .gold { background: #dbf } .target { background: #adf }
-ins { background: #cec } del { background: #fcc } del:not(:empty) { margin-inline-end: .3em }
+.turn > * { min-width: 0 } mark { background: #fd6 } .gold { background: #dbf }
+.target { background: #adf } ins { background: #cec } del { background: #fcc; margin: .2em }
 </style><h1>%(title)s</h1><p><mark>[MASK]</mark> is asked for at the end,
 <mark class="target">this</mark> in a recall, <mark class="gold">this</mark> is a right answer; in a
 memory: <ins>added</ins>, <del>dropped</del>.</p><nav>%(links)s</nav>%(articles)s</html>
@@ -671,13 +670,10 @@ def values_of(path):
     record = record if isinstance(record, dict) else {}
     if "forgetting" in record:
         return AGE, record["forgetting"]
-    lengths = {}
-    for figures in record.get("table", {}).values():
-        if "document_tokens" in figures:
-            lengths[figures["document_tokens"]] = figures["em"]
-    if not lengths:
+    sets = [each for each in record.get("table", {}).values() if "document_tokens" in each]
+    if not sets:
         raise InputError(other)
-    return "tokens of the document", {"em": lengths}
+    return "tokens of the document", {"em": {each["document_tokens"]: each["em"] for each in sets}}
 
 
 def draw(sources, out):
@@ -796,12 +792,12 @@ def open_model(args, cfg):
     sampling = dict(kv_tokens=kv_tokens, search=search, temperature=temperature, top_p=top_p)
     setup = train.open_setup(cfg, policy, tokenizer, **sampling)
 
-    # a model that was trained as another agent than the one that answers here
+    # where the model learned to answer as another agent than the one that answers here
     agents = {"memtrain": "Reader", "longqa": "Reader", "searchqa": "Searcher"}
-    task, agent = train.model_settings(cfg.model).get("task", cfg.task), agents[cfg.task]
-    reads_in_turns = args.mode == "memory" and args.command != "filter"
-    if agents.get(task) != agent and reads_in_turns and distributed.rank() == 0:
-        note = f"was trained by --task {task}; this command answers with a {agent}"
+    learned, agent = train.model_settings(cfg.model).get("task", cfg.task), agents[cfg.task]
+    plain = args.mode == "full_context" or args.command == "filter"
+    if agents.get(learned) != agent and not plain and distributed.rank() == 0:
+        note = f"was trained by --task {learned}; this command answers with a {agent}"
         print(f"note: {cfg.model} {note}", file=sys.stderr)
     return setup, policy
 

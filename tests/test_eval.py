@@ -439,7 +439,7 @@ def test_finished_samples_of_another_model_other_flags_or_other_questions_are_re
     if name is None:
         open_parts(**change)
         open_parts()
-        return
+        change, name = {"sets": {"a": facts(3)}}, "questions of a"  # still known
     with pytest.raises(data.InputError, match=f"other {name}, see flags.json"):
         open_parts(**change)
 

@@ -120,15 +120,10 @@ def test_a_search_is_transcribed_with_what_every_turn_saw():
     )
     groups = train.searchqa(setup, {0: row}, 0)
     record = train.transcript(setup, groups, 1, 0, row)
-    assert (
-        len(record["prompts"]) == len(record["turns"]) == 1
-        and row["question"] in record["prompts"][0]
-    )
-    assert (
-        record["golds"] == [["tea"]]
-        and record["exact_match"][0] == 1.0
-        and "document" not in record
-    )
+    assert len(record["prompts"]) == len(record["turns"]) == 1
+    assert row["question"] in record["prompts"][0]
+    assert record["golds"] == [["tea"]] and record["exact_match"][0] == 1.0
+    assert "document" not in record
     page = evaluation.article(record)
     assert "<h4>prompt 1</h4>" in page and "<h4>section 1</h4>" not in page
 
@@ -344,10 +339,8 @@ def test_of_a_long_run_transcripts_are_spread_evenly_and_the_page_says_so(tmp_pa
     records = [hostile_record() | {"step": 1 + i // 2} for i in range(200)]
     page = written(records, tmp_path)
     steps = list(map(int, re.findall(r'<a href="#t\d+">step (\d+)</a>', page)))
-    assert (
-        len(steps) == page.count("<article") == evaluation.VIEWED
-        and (steps[0], steps[-1]) == (1, 100)
-    )  # fmt: skip
+    assert len(steps) == page.count("<article") == evaluation.VIEWED
+    assert (steps[0], steps[-1]) == (1, 100)
     assert "48 of 200 transcripts" in capsys.readouterr().out
 
 
@@ -431,10 +424,8 @@ def means(table, name):
 
 def test_a_memory_of_everything_captures_and_retains_everything():
     table = forgetting_of(keeps(99), pocket.documents(8, "forgetting", 4))
-    assert (
-        means(table, "written") == dict.fromkeys(range(4), 1.0)
-        and means(table, "no memory") == {0: 0.0}
-    )  # fmt: skip
+    assert means(table, "written") == dict.fromkeys(range(4), 1.0)
+    assert means(table, "no memory") == {0: 0.0}
     # two may sell the same thing: a hidden one can't always be told from the other
     assert means(table, "capture")[0] > 0.9
     assert means(table, "retention")[1] > 0.9 and means(table, "retention")[3] > 0.9
@@ -443,10 +434,8 @@ def test_a_memory_of_everything_captures_and_retains_everything():
 def test_a_memory_of_two_sections_captures_everything_and_forgets_it_two_turns_later():
     table = forgetting_of(keeps(2 * pocket.FACTS_PER_CHUNK), pocket.documents(8, "forgetting", 4))
     assert means(table, "written") == {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}
-    assert (
-        means(table, "recall")[0] > 0.9
-        and means(table, "recall")[2] == means(table, "recall")[3] == 0.0
-    )
+    assert means(table, "recall")[0] > 0.9
+    assert means(table, "recall")[2] == means(table, "recall")[3] == 0.0
     assert means(table, "retention")[1] > 0.9 and means(table, "retention")[2] == 0.0
     assert table["retention"][1][3] == 8  # n: documents
 
@@ -461,10 +450,8 @@ def test_a_memory_of_the_first_facts_captures_little_and_retains_it():
         return last(memory, section, problem)
 
     table = forgetting_of(first, pocket.documents(8, "forgetting", 4))
-    assert (
-        0.15 < table["capture"][0][0] < 0.3
-        and means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
-    )  # fmt: skip
+    assert 0.15 < table["capture"][0][0] < 0.3
+    assert means(table, "retention") == {1: 1.0, 2: 1.0, 3: 1.0}
 
 
 def test_what_is_known_without_a_memory_is_no_capture():
@@ -491,10 +478,8 @@ def test_entities_that_stand_in_another_section_too_are_not_asked_for():
     text = "Rome saw Oslo. Rome saw Bergen. "
     row = {"text": text, "entities": [[0, 4], [9, 13], [15, 19], [24, 30]], "answer": "x"}
     first, second = data.Chunk([], 0, 15), data.Chunk([], 15, len(text))
-    assert (
-        evaluation.entities_of(row, first) == [[9, 13]]
-        and evaluation.entities_of(row, second) == [[24, 30]]
-    )  # fmt: skip
+    assert evaluation.entities_of(row, first) == [[9, 13]]
+    assert evaluation.entities_of(row, second) == [[24, 30]]
     told = "Ada sells tea\nBen faces river\nCleo grows rye\n" * 2  # two sections that are alike
     words = [list(word.span()) for word in re.finditer(r"Ada|tea|Ben|river", told)]
     again = {"id": "0", "text": told, "entities": words, "answer": "Rhun"}

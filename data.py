@@ -24,13 +24,17 @@ A span is [start, end) in characters of its text; a row is the number of a passa
 """
 
 import argparse
+import ast
 import bisect
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
+import ipaddress
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -39,6 +43,8 @@ import sys
 import tempfile
 import time
 import unicodedata
+import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -69,20 +75,38 @@ def _one_line(error):
 # ---- Masked documents (section 3.2) --------------------------------------------------------------
 
 
+# Scripts that write no blanks between words, and those that join particles to them
+NO_BLANKS = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u0f00-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Tibetan, Myanmar
+    "\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua980-\ua9df\uaa80-\uaadf"  # Khmer, Tai, Javanese
+    "\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\uff66-\uff9f\U0001b000-\U0001b16f"  # Japanese
+    "\u3400-\u4dbf\u4e00-\ua4cf\uf900-\ufaff\U00020000-\U000323af"  # Chinese, Yi
+)
+PARTICLES = (
+    "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"  # Korean
+    "\u0590-\u06ff\u0750-\u077f\u0870-\u08ff\ufb1d-\ufdff\ufe70-\ufeff"  # Hebrew, Arabic
+)
+JOINING = rf"(?!\d)[{NO_BLANKS}{PARTICLES}]"
+
+
 def occurrences(text, entity):
     """Where entity stands in text as a whole word: its starts. A line break may stand for a blank.
 
+    Beside a character of a script that writes no blanks, or that joins particles to words, a word
+    ends anywhere: there an occurrence is one of characters.
+
     >>> occurrences("Rome, Romeo and new\\nRome; Rome_2", "Rome")
     [0, 20]
-    >>> occurrences("in New\\nYork", "New York")
-    [3]
+    >>> occurrences("in New\\nYork", "New York"), occurrences("在北京的天安门", "北京")
+    ([3], [1])
     """
     text = text.replace("\n", " ")
     starts, position = [], 0
     while (start := text.find(entity, position)) >= 0:
         end = start + len(entity)
-        neighbours = text[start - 1 : start] + text[end : end + 1]
-        if any(map(_in_word, neighbours)):
+        before, after = text[start - 1 : start], text[end : end + 1]
+        if _joined(before, entity[0]) or _joined(after, entity[-1]):
             position = start + 1
         else:
             starts.append(start)
@@ -90,10 +114,13 @@ def occurrences(text, entity):
     return starts
 
 
-def _in_word(character):
+def _joined(neighbour, edge):
+    """Whether a neighbour, "" for none, makes a longer word of the entity with this edge."""
+    if not neighbour or re.match(JOINING, neighbour) or re.match(JOINING, edge):
+        return False
     # category M: accents and vowel signs that follow a letter
-    is_mark = unicodedata.category(character)[0] == "M"
-    return character.isalnum() or character == "_" or is_mark
+    is_mark = unicodedata.category(neighbour)[0] == "M"
+    return neighbour.isalnum() or neighbour == "_" or is_mark
 
 
 def mask(text, entity, spans=(), placeholder=MASK):
@@ -114,7 +141,12 @@ def mask(text, entity, spans=(), placeholder=MASK):
         before = bisect.bisect_right(ends, start)  # occurrences that end before the span starts
         if bisect.bisect_left(starts, end) == before:  # all the others start after its end
             moved.append([start + before * longer, end + before * longer])
-    return placeholder.join(between), moved
+    masked = placeholder.join(between)
+
+    # of "a+a+" the second "a+" hides the first: now that stands alone as well
+    if occurrences(masked, entity) and not occurrences(placeholder, entity):
+        return mask(masked, entity, moved, placeholder)
+    return masked, moved
 
 
 class Corpus(NamedTuple):
@@ -293,14 +325,17 @@ def build(args):
     rate = sum(counts.values()) / (time.time() - ready)
 
     # say what they are like
-    words, alone = [], 0
+    words, alone, inside = [], 0, 0
     for split in counts:
-        for text in load_documents(args.out, split)["text"]:
-            words.append(len(text.split()))
+        for document in load_documents(args.out, split).select_columns(["text", "answer"]):
+            text = document["text"]
+            words.append(word_count(text))
             alone += sum(MASK in passage for passage in text.split("\n\n")) == 1
+            inside += document["answer"] in text
     size = f"{total} passages, {min(words)} to {max(words)} words"
     print(f"{args.out}: {args.documents} train and {heldout} heldout documents of {size}")
     print(f"{alone / len(words):.0%} of the answers stand in no other passage of their document")
+    print(f"{inside} of the answers still stand inside other words (Mark in Denmark)")
     print(f"{ready - started:.0f} s to read, tag and index, {rate:.1f} documents/s")
 
 
@@ -391,11 +426,13 @@ def show(args):
 # ---- Reading: the rows of any source, the passages of any corpus ---------------------------------
 
 ROW_FILE = r"\.(jsonl|json|parquet|txt)(\.gz)?$"
+NO_DATA = r"(?i)^(readme|licen[cs]e|.*\.md$)"  # files that may lie beside the data of a folder
 
 
 def read_rows(source, columns=None, stream=False, seed=0):
     """Yield (where, row): every row as a dict, and where it stands, for messages.
 
+    A folder is its files, also those of its folders, in sorted order, each read as by itself.
     columns: of parquet only these are read ("a.b" is a field of a struct): MemAgent's files hold
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
     shuffled with the seed and streamed, not downloaded whole. InputError for what can't be read.
@@ -403,8 +440,10 @@ def read_rows(source, columns=None, stream=False, seed=0):
     kind = re.search(ROW_FILE, source)
     repo, _, file = source.partition(":")
     on_hub = repo.count("/") == 1 and not os.path.exists(source)
-    if os.path.isdir(source) or on_hub and not kind:
-        rows = _dataset_rows(source, stream, seed)
+    if os.path.isdir(source):
+        rows = _folder_rows(source, columns)
+    elif on_hub and not kind:
+        rows = _hub_rows(source, stream, seed)
     elif on_hub and file:
         rows = read_rows(_hub_file(repo, file), columns)
     elif not os.path.exists(source):
@@ -425,33 +464,67 @@ def read_rows(source, columns=None, stream=False, seed=0):
         yield where, row
 
 
+def _folder_rows(folder, columns):
+    # hidden files and folders are passed over
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    files = [name for name in names if os.path.isfile(f"{folder}/{name}")]
+    left_out = [name for name in files if re.search(NO_DATA, os.path.basename(name))]
+    kept = [name for name in files if name not in left_out]
+    if not kept:
+        raise InputError(f"{folder}: no files in this folder")
+    named = ", ".join(kept if len(kept) < 6 else [*kept[:2], "..", kept[-1]])
+    without = f"; no data: {', '.join(left_out)}" if left_out else ""
+    say(f"{folder}: reads all its {len(kept)} files ({named}){without}")
+    for name in kept:
+        yield from read_rows(os.path.join(folder, name), columns)
+
+
+def say(message):
+    """On stderr, once: of the processes that torchrun starts the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
 def open_text(path, mode, encoding="utf-8"):
     return (gzip.open if path.endswith(".gz") else open)(path, mode, encoding=encoding)
 
 
 def _lines(path):
-    errors = OSError, EOFError, UnicodeDecodeError, zlib.error
+    errors = OSError, EOFError, zlib.error
+    not_text = f"{path}: can't be read as UTF-8; convert it: iconv -f ENCODING -t UTF-8"
     with explained(f"{path}: can't be read; fetch the file again", *errors):
-        with open_text(path, "rt", "utf-8-sig") as file:  # sig: there may be a byte order mark
-            yield from file
+        with explained(not_text, UnicodeDecodeError), open_text(path, "rt", "utf-8-sig") as file:
+            for number, line in enumerate(file, 1):  # sig: there may be a byte order mark
+                if "\0" in line:
+                    cure = "repair the file, or convert it to UTF-8"
+                    raise InputError(f"{path}:{number}: a NUL, which no text has; {cure}")
+                yield line
+
+
+def _parsed(where, text, cure):
+    """The value of a JSON text."""
+    # ValueError: also an integer of thousands of digits; RecursionError: of nested lists
+    with explained(f"{where}: not JSON; {cure}", ValueError, RecursionError):
+        return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):  # which of the two values is meant?
+        raise ValueError(f"a key stands twice, of {[key for key, _ in pairs]}")
+    return value
 
 
 def _jsonl_rows(path):
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            cure = "repair or delete the line"
-            raise InputError(f"{path}:{number}: not JSON ({error.msg}); {cure}") from None
+        if line.strip():
+            cure = "repair or delete the line (a .jsonl has a row in each line)"
+            yield f"{path}:{number}", _parsed(f"{path}:{number}", line, cure)
 
 
 def _json_rows(path):
     """A list of rows in one file, as MemAgent's eval_*.json."""
-    cure = "a file with one row per line is called .jsonl"
-    with explained(f"{path}: not JSON; {cure}", json.JSONDecodeError):
-        rows = json.loads("".join(_lines(path)))
+    rows = _parsed(path, "".join(_lines(path)), "a file with one row per line is called .jsonl")
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON list of rows is wanted, this is a {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
@@ -481,14 +554,10 @@ def _parquet_rows(path, columns):
                 yield f"{path}: row {number}", row
 
 
-def _dataset_rows(source, stream, seed):
-    """A folder of files, or a data set of the Hub."""
+def _hub_rows(source, stream, seed):
     import datasets
 
-    name, config, split = source, None, "train"
-    if not os.path.isdir(source):
-        name, *rest = source.split(":")
-        config, split = (rest + [None, None])[:2]
+    name, config, split, *_ = *source.split(":"), None, None
     unreadable = f"{source}: neither a file nor a data set that can be loaded"
     with explained(unreadable, datasets.exceptions.DatasetsError, OSError, ValueError):
         rows = datasets.load_dataset(name, config, split=split or "train", streaming=stream)
@@ -512,15 +581,46 @@ def passage(where, row):
     >>> passage("f:1", {"id": "7", "contents": '"Rome"\\nRome is a  city.'})
     {'id': '7', 'title': 'Rome', 'text': 'Rome is a city.'}
     """
-    title, text = row.get("title"), row.get("text")
-    if text is None and isinstance(row.get("contents"), str):  # a quoted title, then the text
-        title, _, text = row["contents"].partition("\n")
+    row = {name: _plain(where, row.get(name)) for name in ("id", "title", "text", "contents")}
+    title, text = row["title"], row["text"]
+    if text is None and isinstance(row["contents"], str):  # a quoted title, then the text
+        title, line_break, text = row["contents"].strip().partition("\n")
         title = title.strip().strip('"')
+        if not line_break:  # a text alone
+            title, text = "", row["contents"]
     if not isinstance(text, str):
         wanted = "a passage is {id, title, text} or {id, contents}"
-        raise InputError(f"{where}: no text; {wanted}, this row has {sorted(row)}")
-    title = tidy(str(title or "")).replace("\n", " ")
-    return {"id": str(row.get("id", where)), "title": title, "text": tidy(text)}
+        filled = sorted(name for name, value in row.items() if value is not None)
+        raise InputError(f"{where}: no text; {wanted}, of these this row has {filled}")
+    title = tidy(_written(where, "title", title or "")).replace("\n", " ")
+    identity = where if row["id"] is None else _written(where, "id", row["id"])
+    return {"id": identity, "title": title, "text": tidy(text)}
+
+
+def _plain(where, value):
+    """The value with lists for arrays, text for bytes, None for NaN, and whole characters only."""
+    if isinstance(value, bytes):
+        with explained(f"{where}: bytes that are not UTF-8", UnicodeDecodeError):
+            value = value.decode()
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of a character: in no file
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(where, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(where, each) for each in value]
+    return None if value != value else value
+
+
+def _written(where, name, value):
+    """A text, or a number as text; 5.0 stands for 5: a column with gaps is one of floats."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and value == int(value):
+        value = int(value)
+    elif not number and not isinstance(value, str):
+        raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
+    return str(value)
 
 
 def tidy(text):
@@ -536,7 +636,10 @@ def tidy(text):
 # Latin, Greek, Cyrillic ..: `re` has no class for capital letters
 UPPER = "".join(filter(str.isupper, map(chr, range(0x2000))))
 _ABBREVIATION = rf"(?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs|No)\.)(?<!Mrs\.)(?<!\b[{UPPER}]\.)"
-SENTENCE_END = rf"""\n|[.!?]{_ABBREVIATION}["'”’)\]]*\s+(?=["'“‘(\[]*[{UPPER}\d])"""
+_CLOSING = r"""["'”’)\]」』）]*"""
+SENTENCE_END = (
+    rf"""\n|[.!?]{_ABBREVIATION}{_CLOSING}\s+(?=["'“‘(\[]*[{UPPER}\d])|[。！？]{_CLOSING}\s*"""
+)
 
 
 def split_article(text, words):
@@ -545,13 +648,13 @@ def split_article(text, words):
     >>> split_article("One two. Three four. Five six. Seven eight. Nine.", 4)
     ['One two. Three four.', 'Five six. Seven eight. Nine.']
     """
-    if len(text.split()) <= 2 * words:
+    if word_count(text) <= 2 * words:
         return [text]
     ends = [match.end() for match in re.finditer(SENTENCE_END, text)] + [len(text)]
     pieces, piece, count = [], "", 0
     for start, end in zip([0, *ends], ends):
         sentence = text[start:end]
-        size = len(sentence.split())
+        size = word_count(sentence)
         # a piece ends where the sentence would take it farther from the wanted size
         if count and count + size - words > words - count:
             pieces.append(piece.strip())
@@ -565,24 +668,29 @@ def split_article(text, words):
     return [*pieces, piece.strip()]
 
 
+def word_count(text):
+    """Words between blanks; of a script that writes none, two characters are one."""
+    return len(text.split()) + len(re.findall(f"[{NO_BLANKS}]", text)) // 2
+
+
 def read_corpus(source, words=160, limit=0, seed=0):
     """The passages of a corpus: (texts, articles), a text being title, line break and text.
 
-    articles: the name of the article each is from. limit: at most so many passages (0: all), the
-    first of a file, a shuffled stream of a data set on the Hub. Doubles, empty texts and those that
-    hold a placeholder are left out.
+    articles: the name of the article each is from: its title, or the number of its row. limit: at
+    most so many passages (0: all), the first of a file or folder, a shuffled stream of a data set
+    on the Hub. Doubles, empty texts and those that hold a placeholder are left out.
     """
     from tqdm import tqdm
 
     article_of = {}  # text: article
     rows = read_rows(source, stream=limit > 0, seed=seed)
-    for where, row in tqdm(rows, desc="read", unit=" rows", delay=1):
+    for number, (where, row) in enumerate(tqdm(rows, desc="read", unit=" rows", delay=1), 1):
         found = passage(where, row)
         title = found["title"]
         for piece in split_article(found["text"], words):
             text = f"{title}\n{piece}" if title else piece
             if piece and MASK not in text and TARGET not in text:
-                article_of.setdefault(text, title or str(len(article_of) + 1))
+                article_of.setdefault(text, title or str(number))
         if limit and len(article_of) >= limit:
             break
     count = limit or len(article_of)
@@ -591,37 +699,78 @@ def read_corpus(source, words=160, limit=0, seed=0):
 
 # ---- Questions (sections 6 to 8) -----------------------------------------------------------------
 
-QUESTION_COLUMNS = (
-    "id _id index question input answers golden_answers answer context data_source prompt "
-    "reward_model.ground_truth extra_info.question extra_info.index"
-).split()
+# What is read of a row of questions, and under which names; "a.b" is the field b of a struct (veRL's
+# columns, which MemAgent and MEM1 use). A row that fills several names of one thing must say the
+# same under each. What stands under other names is left alone.
+FIELDS = {
+    # a text or a number; without one, where the row stands
+    "id": ("id", "_id", "question_id", "index", "extra_info.index"),
+    # a text; without one, the last message of the conversation in `prompt`, as it is
+    "question": ("question", "input", "extra_info.question"),
+    # of one question "x", 5, ["x", "y"], {"value": "x", "aliases": ["y"]} (TriviaQA) or {"text":
+    # ["x"]} (SQuAD), of several [["x"], ["y", "z"]]; each also as {"target": ..}, each also as
+    # JSON text, a list also as Python prints it (MemAgent's eval_*.json)
+    "golds": ("answers", "golden_answers", "answer", "reward_model.ground_truth"),
+    "aliases": ("answer_aliases",),  # as golds, of one question: more of them
+    # a text; [[title, text or sentences], ..]; [{"title", "text" or "paragraph_text"}, ..];
+    # {"title": [..], "sentences": [[..], ..]}; each also as JSON text
+    "context": ("context", "paragraphs"),
+    "source": ("data_source",),  # a text; questions of one source are joined
+    "prompt": ("prompt",),
+    # true or false: a question without an answer is left out, and counted
+    "unanswerable": ("answerable", "is_impossible"),
+    # filled, these change what is asked or what is right: the row is refused. Choices, and
+    # RULER's lists, all of which must be named.
+    "refused": ("choices", "options", "choice_A", "endings", "candidates", "all_classes", "outputs"),
+}
+QUESTION_COLUMNS = sum(FIELDS.values(), ())
 
 
 def load_questions(path, objectives=None, long=False):
-    """Questions of any of the field's formats, from a file, a folder or the Hub.
+    """Questions of any of the field's formats (see FIELDS), from a file, a folder or the Hub.
 
-    Gives a list of {"id", "source", "question", "answers": [str, ..], "context": str}. Read are
-    MemAgent's parquet and eval_*.json, {question, answers, context: [[title, text], ..]},
-    FlashRAG's golden_answers and LongBench. long: every question needs a context.
-    With objectives, rows of several questions each: those that a file has joined (MEM1's), and
-    others as pair_questions joins them. InputError for a row that lacks something.
+    Gives a list of {"id", "source", "question", "answers": [str, ..], "context": str}. long: every
+    question needs a context. With objectives, rows of several questions each: those that a file has
+    joined (MEM1's), and others as pair_questions joins them. InputError for a row that lacks
+    something; what is left out is counted and said.
     """
     if path == "BytedTsinghua-SIA/hotpotqa":
         path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
     rows = []
-    for where, row in read_rows(path, QUESTION_COLUMNS):
+    for where, row in answerable_rows(path):
         found = question_row(where, row, several=objectives is not None)
         if long and not found["context"].strip():
             raise InputError(f"{where}: a long-text question needs a context, this row has none")
         rows.append(found)
+    if objectives:
+        rows = reachable(path, rows, objectives)
     if not rows:
         raise InputError(f"{path}: no questions")
     if not objectives:
         return rows
+
     joined = pair_questions(rows, objectives)
     if not joined:
         raise InputError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
+    if rest := sum(map(_questions_in, rows)) - sum(map(_questions_in, joined)):
+        say(f"{path}: {rest} questions left out, too few to be joined by {objectives}")
     return joined
+
+
+def answerable_rows(path):
+    """Yield (where, row) of the questions that have an answer; says how many have none."""
+    left_out = 0
+    for where, row in read_rows(path, QUESTION_COLUMNS):
+        row = {name: _plain(where, value) for name, value in row.items()}
+        for name, value in filled(row, "unanswerable").items():
+            if value not in (True, False):
+                raise InputError(f"{where}: {name} must be true or false, this is {value!r:.40}")
+        if row.get("answerable") is False or row.get("is_impossible"):
+            left_out += 1
+        else:
+            yield where, row
+    if left_out:
+        say(f"{path}: {left_out} questions left out, which have no answer by their own account")
 
 
 def question_row(where, row, several=False):
@@ -633,87 +782,103 @@ def question_row(where, row, several=False):
     ...     "context": "Document 1:\\nA\\nShe did."}
     True
     """
-    # the row's own fields, and those of MemAgent's structs
-    own = {name: _plain(where, value) for name, value in row.items()}
-    structs = [own.get(name) for name in ("reward_model", "extra_info")]
-    model, extra = [struct if isinstance(struct, dict) else {} for struct in structs]
+    row = {name: _plain(where, value) for name, value in row.items()}
+    for name in filled(row, "refused"):
+        problem = "questions with choices, or with lists to be named, are not read"
+        raise InputError(f"{where}: {name}: {problem}; delete the row")
 
-    # each under the names that the formats have for it
-    identity = _first(*map(own.get, ("id", "_id", "index")), extra.get("index"), where)
-    question = _first(own.get("question"), extra.get("question"), own.get("input"))
-    question = _first(question, _prompt(own.get("prompt")))
-    context = _first(own.get("context"))
-    gold = _first(*map(own.get, ("answers", "golden_answers", "answer")))
-    gold = _first(gold, model.get("ground_truth"))
-    golds = golds_of(where, gold)
-    for name, found in ("question", isinstance(question, str)), ("answer", golds):
+    # what the row must have
+    questions = filled(row, "question") or _last_message(row.get("prompt"))
+    for name, value in questions.items():
+        questions[name] = _as_text(where, name, value).strip()
+    question, golds = agreed(where, questions), row_golds(where, row)
+    for name, found in ("question", question), ("answer", golds):
         if not found:
-            filled = [name for name in sorted(own) if _first(own[name]) is not None]
-            wanted = f"a question needs a question and an answer, this row has {filled}"
+            present = sorted(name for name, value in row.items() if not _is_empty(value))
+            wanted = f"a question needs a question and an answer, this row has {present}"
             raise InputError(f"{where}: no {name}; {wanted}")
 
     # a row of several questions has golds for each
-    question = question.strip()
     if several:
         check_joined(where, question, golds)
     elif len(golds) > 1:
         problem = f"golds of {len(golds)} questions at once"
         raise InputError(f"{where}: {problem}; such rows are for --task searchqa alone")
-    if context is not None and not isinstance(context, str):
-        context = lay_out(paragraphs(where, own))
+    name, identity = next(iter(filled(row, "id").items()), ("", where))
+    context = row_context(where, row)
     return {
-        "id": str(identity),
-        "source": str(_first(own.get("data_source")) or ""),
+        "id": _written(where, name, identity),
+        "source": _as_text(where, "data_source", row.get("data_source") or ""),
         "question": question,
         "answers": golds if len(golds) > 1 else golds[0],
-        "context": context or "",
+        "context": context if isinstance(context, str) else lay_out(context),
     }
 
 
-def _first(*values):
-    """The first that is not empty; None without."""
-    for value in values:
-        blank = isinstance(value, str) and not value.strip()
-        if not blank and value is not None and value != [] and value != {}:
-            return value
-    return None
+def filled(row, what):
+    """{name: value} under the names of FIELDS[what], less what is empty."""
+    found = {}
+    for name in FIELDS[what]:
+        struct, dot, field = name.rpartition(".")
+        own = row.get(struct) if dot else row
+        value = own.get(field) if isinstance(own, dict) else None
+        if not _is_empty(value):
+            found[name] = value
+    return found
 
 
-def _plain(where, value):
-    """The value with lists for arrays, text for bytes and None for NaN."""
-    if isinstance(value, bytes):
-        with explained(f"{where}: bytes that are not UTF-8", UnicodeDecodeError):
-            return value.decode()
-    if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {name: _plain(where, each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(where, each) for each in value]
-    return None if value != value else value
+def _is_empty(value):
+    return value is None or value == [] or value == {} or isinstance(value, str) and not value.strip()
 
 
-def _prompt(prompt):
-    """The question of a conversation: its last message as it is."""
+def agreed(where, values):
+    """The value that a row gives under one or several names; None without."""
+    first = next(iter(values), None)
+    for name, value in values.items():
+        if value != values[first]:
+            raise InputError(f"{where}: {first} and {name} disagree; delete one of them")
+    return values.get(first)
+
+
+def _as_text(where, name, value):
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
+    return value
+
+
+def _last_message(prompt):
+    """{"prompt": the content of the last message of a conversation}; {} where it is no user's."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        prompt = prompt[-1].get("content")
-    return prompt if isinstance(prompt, str) else None
+        by_user = prompt[-1].get("role") in ("user", None)
+        prompt = prompt[-1].get("content") if by_user else None
+    return {} if _is_empty(prompt) else {"prompt": prompt}
+
+
+def row_golds(where, row):
+    """The golds of every question of a row, [[gold, ..], ..], or None where there are none."""
+    found = {name: golds_of(where, value) for name, value in filled(row, "golds").items()}
+    golds = agreed(where, {name: each for name, each in found.items() if each})
+    for name, value in filled(row, "aliases").items() if golds else ():
+        aliases = golds_of(where, value) or [[]]
+        if len(golds) > 1 or len(aliases) > 1:
+            raise InputError(f"{where}: {name} are read of one question alone")
+        golds = [list(dict.fromkeys(golds[0] + aliases[0]))]
+    return golds
 
 
 def golds_of(where, value):
-    """The golds of every question of a row, [[gold, ..], ..], or None where there are none.
-
-    Of one question "x", 5 or ["x", "y"], of several [["x"], ["y", "z"]], each also as
-    {"target": ..}, and each also as JSON text.
+    """One field's golds, in any of the forms that FIELDS names, as [[gold, ..], ..] or None.
 
     >>> golds_of("f:1", {"target": ["x", None]}), golds_of("f:1", '[["x"], ["y", 5.0]]')
     ([['x']], [['x'], ['y', '5']])
     """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        with contextlib.suppress(json.JSONDecodeError):  # "[sic]" is a text
-            value = json.loads(value)
+    value = unprinted(where, value)
     if isinstance(value, dict) and "target" in value:
         return golds_of(where, value["target"])
+    if isinstance(value, dict) and "value" in value:
+        value = [value["value"], *(value.get("aliases") or [])]
+    elif isinstance(value, dict) and "text" in value:
+        value = value["text"]
     values = value if isinstance(value, list) else [value]
     nested = any(isinstance(each, list) for each in values)
     if nested and not all(isinstance(each, list) or each is None for each in values):
@@ -721,19 +886,30 @@ def golds_of(where, value):
 
     golds = []
     for number, own in enumerate(values if nested else [values], 1):
-        golds.append([_gold(where, gold) for gold in own or [] if _first(gold) is not None])
+        golds.append([_written(where, "a gold", gold) for gold in own or [] if not _is_empty(gold)])
         if nested and not golds[-1]:
             raise InputError(f"{where}: no gold for question {number} of {len(values)}")
     return golds if golds[0] else None
 
 
-def _gold(where, value):
-    """A gold as text; of numbers, 5.0 stands for 5: a column with gaps is one of floats."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}: a gold must be a text, this is a {type(value).__name__}")
-    return str(value)
+def unprinted(where, text):
+    """The list or dict that a text writes as JSON, or as Python prints it; any other value as it is.
+
+    >>> unprinted("f:1", "['Ann']"), unprinted("f:1", "[sic]")
+    (['Ann'], '[sic]')
+    """
+    bare = text.strip() if isinstance(text, str) else ""
+    if not re.fullmatch(r"(?s)\[.*\]|\{.*\}|array\(.*\)", bare):
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        return _plain(where, json.loads(bare, object_pairs_hook=_unique))
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(bare)
+        if str(value) == bare and isinstance(value, (list, dict)):  # no comma was lost
+            return _plain(where, value)
+    if re.match(r"""[\[{(\s]*['"]|\[?array\(""", bare):
+        raise InputError(f"{where}: neither JSON nor a text: {bare:.80}")
+    return text
 
 
 def check_joined(where, question, golds):
@@ -745,24 +921,77 @@ def check_joined(where, question, golds):
         raise InputError(f"{where}: {problem}; repair or delete the row")
 
 
-def paragraphs(where, row):
-    """[(title, text), ..] from [[title, text or sentences], ..], [{title, text}, ..] or HotpotQA's
-    dict of lists."""
-    context, found = row.get("context") or [], []
+def reachable(path, rows, objectives):
+    """Without golds that hold a ";", at which answers are split where several questions are joined,
+    and without the questions that have no other gold. One question by itself keeps all."""
+    kept, questions, golds = [], 0, 0
+    for row in rows:
+        several = isinstance(row["answers"][0], list)
+        lists = row["answers"] if several else [row["answers"]]
+        if several or objectives > 1:
+            before = sum(map(len, lists))
+            lists = [[gold for gold in own if ";" not in gold] for own in lists]
+            golds += before - sum(map(len, lists))
+        if all(lists):
+            kept.append({**row, "answers": lists if several else lists[0]})
+        else:
+            questions += 1
+    if golds:
+        problem = "at which joined answers are split; rows without another"
+        say(f"{path}: {golds} golds left out that hold a ; {problem}: {questions}, left out")
+    return kept
+
+
+def _questions_in(row):
+    return len(row["answers"]) if isinstance(row["answers"][0], list) else 1
+
+
+def row_context(where, row):
+    """The context of a row: a text, "" without one, or its paragraphs [(title, text), ..]."""
+    found = {}
+    for name, value in filled(row, "context").items():
+        value = unprinted(where, value)
+        found[name] = value if isinstance(value, str) else paragraphs(where, name, value)
+    return agreed(where, found) or ""
+
+
+def paragraphs(where, name, value):
+    """[(title, text), ..] from any of the forms that FIELDS names."""
+    found = []
     try:
-        if isinstance(context, dict):
-            titles, texts = list(context["title"]), list(context["sentences"])
-            context = list(zip(titles, texts, strict=True))
-        for paragraph in context:
-            if isinstance(paragraph, dict):
-                paragraph = paragraph["title"], paragraph["text"]
-            title, text = paragraph
-            if isinstance(paragraph, str) or not isinstance(title, str):
+        if isinstance(value, dict):
+            columns = value["title"], value["sentences"]
+            if not all(isinstance(column, list) for column in columns):
                 raise TypeError
-            found.append((title, "".join(text)))  # sentences; a text is left whole
+            value = zip(*columns, strict=True)
+        for paragraph in value:
+            if isinstance(paragraph, dict):
+                text = "paragraph_text" if "paragraph_text" in paragraph else "text"
+                paragraph = paragraph["title"], paragraph[text]
+            title, text = paragraph
+            sentences = [text] if isinstance(text, str) else text
+            texts = isinstance(sentences, list) and [title, *sentences]
+            if isinstance(paragraph, str) or not all(isinstance(each, str) for each in texts):
+                raise TypeError
+            found.append((title, join_sentences(sentences)))
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where}: context must be a text or [[title, text], ..]") from None
+        wanted = "a text, [[title, text or sentences], ..] or [{title, text}, ..]"
+        raise InputError(f"{where}: {name} must be {wanted}") from None
     return found
+
+
+def join_sentences(sentences):
+    """HotpotQA's hold their blanks, 2WikiMultiHopQA's do not.
+
+    >>> join_sentences(["Ann ran.", " Bob sat.", "Cy left."])
+    'Ann ran. Bob sat. Cy left.'
+    """
+    text = ""
+    for sentence in sentences:
+        if text and sentence and not text[-1].isspace() and not sentence[0].isspace():
+            text += " "
+        text += sentence
+    return text
 
 
 def lay_out(pairs):
@@ -816,8 +1045,11 @@ def longqa(args):
 
     # the questions with their paragraphs, and the pool of all paragraphs
     rows, pool, without = [], {}, 0
-    for where, row in read_rows(args.questions, QUESTION_COLUMNS):
-        question, own = question_row(where, row), own_paragraphs(where, row)
+    for where, row in answerable_rows(args.questions):
+        question, context = question_row(where, row), row_context(where, row)
+        own = {}  # {title: text}; paragraphs of one title are joined
+        for title, text in () if isinstance(context, str) else context:
+            own[title] = f"{own[title]}\n{text}" if title in own else text
         if len(own) > args.documents:
             problem = f"{len(own)} paragraphs of its own, --documents {args.documents} has no room"
             raise InputError(f"{where}: {problem}")
@@ -843,15 +1075,6 @@ def longqa(args):
     print(f"{args.out}: {len(rows)} questions with {size}")
     if without:
         print(f"{without} questions have no paragraphs of their own and were left out")
-
-
-def own_paragraphs(where, row):
-    """{title: text} of the row; paragraphs of one title are joined."""
-    own = {}
-    if not isinstance(row.get("context"), str):
-        for title, text in paragraphs(where, row):
-            own[title] = f"{own[title]}\n{text}" if title in own else text
-    return own
 
 
 # ---- Entities ------------------------------------------------------------------------------------
@@ -918,12 +1141,36 @@ def open_ner(name):
     cure = f"python -m spacy download {name}, or --ner rules, which needs no download"
     with explained(f"--ner {name} is not installed; {cure}", OSError):
         nlp = spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
+    # vectors that only the parts left out would ask for
+    if "tok2vec" in nlp.pipe_names and not nlp.get_pipe("tok2vec").listening_components:
+        nlp.remove_pipe("tok2vec")
 
     def tag(texts):
-        for doc in nlp.pipe(texts):
-            yield [(entity.start_char, entity.end_char) for entity in doc.ents]
+        # what is longer than the pipeline takes is cut
+        pieces = [(text, start) for text in texts for start in piece_starts(text, nlp.max_length)]
+        docs = nlp.pipe(text[start : start + nlp.max_length] for text, start in pieces)
+        found = []
+        for (text, start), doc in zip(pieces, docs):
+            if start == 0:
+                found.append([])
+            found[-1] += [(start + each.start_char, start + each.end_char) for each in doc.ents]
+        return found
 
     return tag
+
+
+def piece_starts(text, size):
+    """Where to cut a text into pieces of at most `size` characters: behind blanks, if it has some.
+
+    >>> piece_starts("Ann met Bob.", 5)
+    [0, 4, 8]
+    """
+    starts = [0]
+    while len(text) - starts[-1] > size:
+        start = starts[-1]
+        blank = max(text.rfind(blank, start, start + size) for blank in " \n")
+        starts.append(blank + 1 if blank > start else start + size)
+    return starts
 
 
 def find_entities(texts, ner="en_core_web_sm", processes=1):
@@ -1000,13 +1247,13 @@ TIMEOUT_SECONDS = 120  # of one attempt
 def open_retriever(source, encoder="bm25", cache=None):
     """The function (queries, k) -> for every query its best passages, best first.
 
-    A passage is {"id", "title", "text", "score"}. source: a search server of Search-R1's contract
+    A passage is {"id", "title", "text"}; an empty query has none. source: a search server of Search-R1's contract
     (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a corpus in any form
     that read_rows takes. encoder: see open_index. cache: folder for the vectors of a local file,
     ~/.cache/memtrain by default; named after the file's path, size and time and the encoder.
     """
     if re.match("https?://", source):
-        return functools.partial(_ask_server, source)
+        return functools.partial(_ask_server, source, _opener(source))
     passages = [passage(where, row) for where, row in read_rows(source)]
     if not passages:
         raise InputError(f"{source}: no passages")
@@ -1023,7 +1270,7 @@ def open_retriever(source, encoder="bm25", cache=None):
     def retrieve(queries, k):
         found = []
         for hits in search(queries, k) if queries else []:
-            found.append([{**passages[row], "score": score} for row, score in hits])
+            found.append([passages[row] for row, _ in hits])
         return found
 
     return retrieve
@@ -1065,6 +1312,8 @@ def _bm25_search(texts):
     import bm25s
 
     def words(texts):
+        # where blanks don't part words, pairs of characters are the words
+        texts = [re.sub(f"({JOINING})+", _pairs, text) for text in texts]
         return bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
     index, indexed = bm25s.BM25(), words(texts)
@@ -1080,6 +1329,11 @@ def _bm25_search(texts):
         return found
 
     return search
+
+
+def _pairs(run):
+    letters = "".join(filter(str.isalnum, run[0]))  # vowel signs would part what bm25s reads
+    return f" {' '.join(map(''.join, zip(letters, letters[1:])))} "
 
 
 def open_encoder(name):
@@ -1113,29 +1367,51 @@ def open_encoder(name):
     return encode
 
 
-def _ask_server(url, queries, k):
-    """Search-R1's contract, one request for all queries. Whatever goes wrong is tried again."""
-    if not queries:
-        return []
-    body = json.dumps({"queries": list(queries), "topk": k, "return_scores": True}).encode()
+def _opener(url):
+    """Opens the address of a search server; one on this machine without a proxy."""
+    with explained(f"{url}: no address of a search server", ValueError):
+        host = urllib.parse.urlsplit(url).hostname or ""
+        urllib.parse.urlsplit(url).port  # noqa: B018 (raises where it is no number)
+    here = host == "localhost"
+    with contextlib.suppress(ValueError):  # a name
+        here = ipaddress.ip_address(host).is_loopback
+    handlers = [urllib.request.ProxyHandler({})] if here else []
+    return urllib.request.build_opener(*handlers).open
+
+
+def _ask_server(url, opener, queries, k):
+    """Search-R1's contract, one request for all queries. A server that does not answer is asked
+    again; an answer of another form is an error at once."""
+    asked = [query for query in queries if query.strip()]
+    if not asked:
+        return [[] for _ in queries]
+    body = json.dumps({"queries": asked, "topk": k, "return_scores": True}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     for wait in (0, *RETRY_SECONDS):
         time.sleep(wait)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
-                result = json.load(reply)["result"]
-            if len(result) != len(queries):
-                raise ValueError(f"{len(result)} results for {len(queries)} queries")
-            return [[_hit(url, hit) for hit in hits] for hits in result]
-        # refused, down, late, cut off, not JSON, something else
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            with opener(request, timeout=TIMEOUT_SECONDS) as reply:
+                found = iter(_hits(url, asked, reply.read()))
+            return [next(found) if query.strip() else [] for query in queries]
+        # refused, down, late, cut off
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                cure = "is this the address of its search?"
+                raise InputError(f"{url}: refused {asked[0]!r:.80} ({error}); {cure}") from None
             trouble = _one_line(error)
     cure = "start the server, then go on with --resume"
     raise InputError(f"{url}: no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble}); {cure}")
 
 
-def _hit(url, hit):
-    return {**passage(url, hit["document"]), "score": hit["score"]}
+def _hits(url, queries, reply):
+    """The passages of a reply {"result": [[{"document": passage}, ..], ..]}, a list per query."""
+    wanted = '{"result": a list for each query of {"document": {"contents": ..}}}'
+    problem = f"{url}: not a reply of the form {wanted}, asked for {queries[0]!r:.80}"
+    with explained(problem, ValueError, KeyError, TypeError, RecursionError):
+        result = json.loads(reply)["result"]
+        if len(result) != len(queries):
+            raise ValueError(f"{len(result)} results for {len(queries)} queries")
+        return [[passage("document", hit["document"]) for hit in hits] for hits in result]
 
 
 # ---- Command line --------------------------------------------------------------------------------

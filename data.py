@@ -61,7 +61,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Turn these errors of a library into a InputError: the message, and the library's own words."""
+    """Turn these errors of a library into an InputError: the message, and their own words."""
     try:
         yield
     except errors as error:
@@ -255,9 +255,9 @@ def draw_recall(document, chunks, tokenizer, chunk_tokens, rng):
     """Draw k and l, and an entity wholly inside chunk l; None where no chunk has one.
 
     k is uniform in 2..T, l in 1..k-1: the chunk was read before turn k, and chunk T is never asked
-    for. A single chunk: k = l = 1. If chunk l has no entity, others are tried in random order, first
-    those that go with k. The entity becomes [TARGET] and the chunk is encoded again; tokens that are
-    now too many go from the end farther from the target.
+    for. A single chunk: k = l = 1. If chunk l has no entity, others are tried in random order,
+    first those that go with k. The entity becomes [TARGET] and the chunk is encoded again; tokens
+    that are now too many go from the end farther from the target.
     """
     # k, and the chunks in the order in which they are tried
     count = len(chunks)
@@ -581,19 +581,18 @@ def passage(where, row):
     >>> passage("f:1", {"id": "7", "contents": '"Rome"\\nRome is a  city.'})
     {'id': '7', 'title': 'Rome', 'text': 'Rome is a city.'}
     """
-    row = {name: _plain(where, row.get(name)) for name in ("id", "title", "text", "contents")}
-    title, text = row["title"], row["text"]
-    if text is None and isinstance(row["contents"], str):  # a quoted title, then the text
-        title, line_break, text = row["contents"].strip().partition("\n")
-        title = title.strip().strip('"')
-        if not line_break:  # a text alone
-            title, text = "", row["contents"]
+    names = "id", "title", "text", "contents"
+    identity, title, text, contents = [_plain(where, row.get(name)) for name in names]
+    if text is None and isinstance(contents, str):
+        title, text = "", contents
+        if "\n" in contents.strip():  # a quoted title, then the text
+            title, _, text = contents.strip().partition("\n")
+            title = title.strip().strip('"')
     if not isinstance(text, str):
         wanted = "a passage is {id, title, text} or {id, contents}"
-        filled = sorted(name for name, value in row.items() if value is not None)
-        raise InputError(f"{where}: no text; {wanted}, of these this row has {filled}")
+        raise InputError(f"{where}: no text; {wanted}, this row has {sorted(row)}")
     title = tidy(_written(where, "title", title or "")).replace("\n", " ")
-    identity = where if row["id"] is None else _written(where, "id", row["id"])
+    identity = where if identity is None else _written(where, "id", identity)
     return {"id": identity, "title": title, "text": tidy(text)}
 
 
@@ -615,10 +614,10 @@ def _plain(where, value):
 
 def _written(where, name, value):
     """A text, or a number as text; 5.0 stands for 5: a column with gaps is one of floats."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and value == int(value):
-        value = int(value)
-    elif not number and not isinstance(value, str):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.isfinite(value):
+        value = int(value) if value == int(value) else value
+    elif not isinstance(value, str):
         raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
     return str(value)
 
@@ -637,9 +636,8 @@ def tidy(text):
 UPPER = "".join(filter(str.isupper, map(chr, range(0x2000))))
 _ABBREVIATION = rf"(?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs|No)\.)(?<!Mrs\.)(?<!\b[{UPPER}]\.)"
 _CLOSING = r"""["'”’)\]」』）]*"""
-SENTENCE_END = (
-    rf"""\n|[.!?]{_ABBREVIATION}{_CLOSING}\s+(?=["'“‘(\[]*[{UPPER}\d])|[。！？]{_CLOSING}\s*"""
-)
+_NEXT = rf"""\s+(?=["'“‘(\[]*[{UPPER}\d])"""
+SENTENCE_END = rf"\n|[.!?]{_ABBREVIATION}{_CLOSING}{_NEXT}|[。！？]{_CLOSING}\s*"
 
 
 def split_article(text, words):
@@ -699,9 +697,9 @@ def read_corpus(source, words=160, limit=0, seed=0):
 
 # ---- Questions (sections 6 to 8) -----------------------------------------------------------------
 
-# What is read of a row of questions, and under which names; "a.b" is the field b of a struct (veRL's
-# columns, which MemAgent and MEM1 use). A row that fills several names of one thing must say the
-# same under each. What stands under other names is left alone.
+# What is read of a row of questions, and under which names; "a.b" is the field b of a struct (these
+# are veRL's, for MemAgent and MEM1). A row that fills several names of one thing must say the same
+# under each. What stands under other names is left alone.
 FIELDS = {
     # a text or a number; without one, where the row stands
     "id": ("id", "_id", "question_id", "index", "extra_info.index"),
@@ -719,9 +717,11 @@ FIELDS = {
     "prompt": ("prompt",),
     # true or false: a question without an answer is left out, and counted
     "unanswerable": ("answerable", "is_impossible"),
-    # filled, these change what is asked or what is right: the row is refused. Choices, and
-    # RULER's lists, all of which must be named.
-    "refused": ("choices", "options", "choice_A", "endings", "candidates", "all_classes", "outputs"),
+    # these would change what is asked or what is right: choices, and RULER's lists, all of which
+    # must be named. A row that fills one is refused
+    "refused": (
+        "choices", "options", "choice_A", "endings", "candidates", "all_classes", "outputs",
+    ),
 }
 QUESTION_COLUMNS = sum(FIELDS.values(), ())
 
@@ -828,7 +828,8 @@ def filled(row, what):
 
 
 def _is_empty(value):
-    return value is None or value == [] or value == {} or isinstance(value, str) and not value.strip()
+    blank = isinstance(value, str) and not value.strip()
+    return blank or value is None or value == [] or value == {}
 
 
 def agreed(where, values):
@@ -893,7 +894,7 @@ def golds_of(where, value):
 
 
 def unprinted(where, text):
-    """The list or dict that a text writes as JSON, or as Python prints it; any other value as it is.
+    """The list or dict that a text writes as JSON, or as Python prints it; else the value itself.
 
     >>> unprinted("f:1", "['Ann']"), unprinted("f:1", "[sic]")
     (['Ann'], '[sic]')
@@ -1193,8 +1194,9 @@ def _fair_entities(texts, ner):
     for text, entities in zip(texts, open_ner(ner)(texts)):
         spans = sorted({_trimmed(text, start, end) for start, end in entities})
         names = {text[start:end] for start, end in spans}
-        fair_names = {name for name in names if fair(name, text)}
-        found.append([(start, end) for start, end in spans if text[start:end] in fair_names])
+        # where they stand as whole words: a name within a word could not be hidden
+        starts = {name: set(occurrences(text, name)) for name in names if fair(name, text)}
+        found.append([(a, b) for a, b in spans if a in starts.get(text[a:b], ())])
     return found
 
 
@@ -1247,10 +1249,11 @@ TIMEOUT_SECONDS = 120  # of one attempt
 def open_retriever(source, encoder="bm25", cache=None):
     """The function (queries, k) -> for every query its best passages, best first.
 
-    A passage is {"id", "title", "text"}; an empty query has none. source: a search server of Search-R1's contract
-    (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a corpus in any form
-    that read_rows takes. encoder: see open_index. cache: folder for the vectors of a local file,
-    ~/.cache/memtrain by default; named after the file's path, size and time and the encoder.
+    A passage is {"id", "title", "text"}; an empty query has none. source: a search server of
+    Search-R1's contract (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a
+    corpus in any form that read_rows takes. encoder: see open_index. cache: folder for the vectors
+    of a local file, ~/.cache/memtrain by default; named after the file's path, size and time and
+    the encoder.
     """
     if re.match("https?://", source):
         return functools.partial(_ask_server, source, _opener(source))
@@ -1407,7 +1410,7 @@ def _hits(url, queries, reply):
     """The passages of a reply {"result": [[{"document": passage}, ..], ..]}, a list per query."""
     wanted = '{"result": a list for each query of {"document": {"contents": ..}}}'
     problem = f"{url}: not a reply of the form {wanted}, asked for {queries[0]!r:.80}"
-    with explained(problem, ValueError, KeyError, TypeError, RecursionError):
+    with explained(problem, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         result = json.loads(reply)["result"]
         if len(result) != len(queries):
             raise ValueError(f"{len(result)} results for {len(queries)} queries")
@@ -1487,7 +1490,8 @@ def main(argv=None):
             if least is not None and value < least:
                 raise InputError(f"{flag} {value}: at least {least} is wanted")
         if "out" in args and os.path.exists(args.out):
-            raise InputError(f"--out {args.out}: is there already; choose another name or delete it")
+            cure = "choose another name or delete it"
+            raise InputError(f"--out {args.out}: is there already; {cure}")
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # show DIR | head

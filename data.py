@@ -16,7 +16,8 @@ Where the paper (section 3.2) is silent, or this differs:
   2. Answers are fair: no single letter, stop word or number word, and no word that is capitalised
      only because it starts a sentence. The targets of the recall task follow the same rule.
   3. Every whole-word occurrence in the very same letters is masked: of "Mark" neither "mark" nor
-     "Marks". Texts are first brought to Unicode NFC and single blanks: one spelling for a name.
+     "Marks"; in scripts without blanks between words, or with particles joined to them, every one.
+     Texts are first brought to Unicode NFC and single blanks: one spelling for a name.
   4. An article's passages are pivots of training documents or of held-out ones, never of both.
   5. Document i is a function of the corpus, the seed and i: more documents leave it as it is.
 
@@ -426,7 +427,7 @@ def show(args):
 # ---- Reading: the rows of any source, the passages of any corpus ---------------------------------
 
 ROW_FILE = r"\.(jsonl|json|parquet|txt)(\.gz)?$"
-NO_DATA = r"(?i)^(readme|licen[cs]e|.*\.md$)"  # files that may lie beside the data of a folder
+NO_DATA = r"(?i)(^|/)(\.|readme|licen[cs]e)|\.md$"  # may lie in a folder: hidden files and these
 
 
 def read_rows(source, columns=None, stream=False, seed=0):
@@ -465,17 +466,18 @@ def read_rows(source, columns=None, stream=False, seed=0):
 
 
 def _folder_rows(folder, columns):
-    # hidden files and folders are passed over
-    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    files = [name for name in names if os.path.isfile(f"{folder}/{name}")]
-    left_out = [name for name in files if re.search(NO_DATA, os.path.basename(name))]
-    kept = [name for name in files if name not in left_out]
-    if not kept:
-        raise InputError(f"{folder}: no files in this folder")
-    named = ", ".join(kept if len(kept) < 6 else [*kept[:2], "..", kept[-1]])
-    without = f"; no data: {', '.join(left_out)}" if left_out else ""
-    say(f"{folder}: reads all its {len(kept)} files ({named}){without}")
-    for name in kept:
+    files = {True: [], False: []}  # is it data?
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)):
+        if os.path.isfile(os.path.join(folder, name)):
+            files[not re.search(NO_DATA, name)].append(name)
+    if not files[True]:
+        raise InputError(f"{folder}: no data in this folder")
+    named = {}
+    for kind, names in files.items():
+        named[kind] = ", ".join(names if len(names) < 6 else [*names[:2], "..", names[-1]])
+    without = f"; leaves out {named[False]}" if files[False] else ""
+    say(f"{folder}: reads all its {len(files[True])} files, {named[True]}{without}")
+    for name in files[True]:
         yield from read_rows(os.path.join(folder, name), columns)
 
 
@@ -614,10 +616,10 @@ def _plain(where, value):
 
 def _written(where, name, value):
     """A text, or a number as text; 5.0 stands for 5: a column with gaps is one of floats."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value):
-        value = int(value) if value == int(value) else value
-    elif not isinstance(value, str):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+    if isinstance(value, bool) or not number and not isinstance(value, str):
         raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
     return str(value)
 
@@ -740,7 +742,8 @@ def load_questions(path, objectives=None, long=False):
     for where, row in answerable_rows(path):
         found = question_row(where, row, several=objectives is not None)
         if long and not found["context"].strip():
-            raise InputError(f"{where}: a long-text question needs a context, this row has none")
+            names = " or ".join(FIELDS["context"])
+            raise InputError(f"{where}: a long-text question needs a {names}, this row has none")
         rows.append(found)
     if objectives:
         rows = reachable(path, rows, objectives)
@@ -762,10 +765,12 @@ def answerable_rows(path):
     left_out = 0
     for where, row in read_rows(path, QUESTION_COLUMNS):
         row = {name: _plain(where, value) for name, value in row.items()}
+        without = False
         for name, value in filled(row, "unanswerable").items():
             if value not in (True, False):
                 raise InputError(f"{where}: {name} must be true or false, this is {value!r:.40}")
-        if row.get("answerable") is False or row.get("is_impossible"):
+            without = without or value == (name == "is_impossible")
+        if without:
             left_out += 1
         else:
             yield where, row
@@ -938,8 +943,8 @@ def reachable(path, rows, objectives):
         else:
             questions += 1
     if golds:
-        problem = "at which joined answers are split; rows without another"
-        say(f"{path}: {golds} golds left out that hold a ; {problem}: {questions}, left out")
+        problem = f"{golds} golds hold a ; at which joined answers are split"
+        say(f"{path}: {problem}: left out, with {questions} rows that have no other")
     return kept
 
 

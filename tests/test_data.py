@@ -757,7 +757,8 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
     files = [tmp_path / name for name in ("a.jsonl", "b.txt", "more/a.jsonl.gz", "more/b.parquet")]
     assert rows == [row for file in files for row in data.read_rows(str(file))]
     said = capsys.readouterr().err
-    assert "all its 4 files (a.jsonl, b.txt, " in said and "no data: README.md" in said
+    assert "reads all its 4 files, a.jsonl, b.txt, " in said
+    assert "leaves out .hidden.jsonl, README.md\n" in said
     assert data.read_corpus(str(tmp_path)) == (
         ["Ann ran.", "Bob sat.\nCy left.", "Rome\nA city.", "1984\nA novel."],
         ["1", "2", "Rome", "1984"],
@@ -766,7 +767,7 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
     with pytest.raises(InputError, match="more/c.csv: unknown kind of file"):
         list(data.read_rows(str(tmp_path)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: no files in this folder"):
+    with pytest.raises(InputError, match="empty: no data in this folder"):
         list(data.read_rows(str(tmp_path / "empty")))
 
 
@@ -774,6 +775,7 @@ def test_a_passages_title_is_its_first_line_where_it_has_two():
     assert data.passage("f:1", {"contents": "Just a text."}) == {
         "id": "f:1", "title": "", "text": "Just a text.",
     }  # fmt: skip
+    assert data.passage("f:1", {"id": 10**400, "text": "x"})["id"] == str(10**400)
     row = {"id": float("nan"), "title": float("nan"), "text": "half \ud800"}
     assert data.passage("f:1", row) == {"id": "f:1", "title": "", "text": "half \ufffd"}
     for row in {"text": "x", "title": ["a"]}, {"text": "x", "id": {}}, {"text": "x", "id": [True]}:
@@ -1019,7 +1021,7 @@ def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
     good = {"question": "Who?", "answers": ["Ann"], "context": "Ann ran."}
     path = write_rows(tmp_path / "q.jsonl", [good, good | {"context": context}])
     assert len(data.load_questions(path)) == 2
-    with pytest.raises(InputError, match="q.jsonl:2: a long-text question needs a context"):
+    with pytest.raises(InputError, match="q.jsonl:2: a long-text question needs a context or paragraphs"):
         data.load_questions(path, long=True)
 
 
@@ -1119,7 +1121,7 @@ def test_names_that_say_the_same_and_aliases_are_golds_of_one_question():
 
 def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, capsys):
     good = {"question": "Who?", "answer": "Ann", "answerable": True, "context": [["A", "b"]]}
-    rows = [good, good | {"answerable": False}, good | {"answer": "", "is_impossible": True}]
+    rows = [good, good | {"answerable": 0}, good | {"answer": "", "is_impossible": True}]
     path = write_jsonl(tmp_path / "q.jsonl", rows)
     assert len(data.load_questions(path)) == 1
     assert "q.jsonl: 2 questions left out, which have no answer" in capsys.readouterr().err
@@ -1142,7 +1144,7 @@ def test_golds_that_joined_answers_cannot_give_are_left_out_and_counted(tmp_path
     assert not capsys.readouterr().err
     (joined,) = data.load_questions(path, 2)
     assert (joined["question"], joined["answers"]) == ("A?; C?", [["Arlen"], ["c"]])
-    assert "2 golds left out that hold a ;" in capsys.readouterr().err
+    assert "2 golds hold a ; at which joined answers are split: left out, with 1 rows" in capsys.readouterr().err
     joined = {"question": "A?; B?", "answers": [["x; y"], ["z"]]}
     path = write_jsonl(tmp_path / "q.jsonl", [joined, {**joined, "answers": [["x"], ["y; z", "z"]]}])
     assert [row["answers"] for row in data.load_questions(path, 2)] == [[["x"], ["z"]]]

@@ -93,6 +93,7 @@ class Config:
     scale: str = flag("none", "divide advantages by the group's deviation", "none", "group")
     old_logps: str = flag("trainer", "recomputed, or as they were sampled", "trainer", "sampler")
     aggregate: str = flag("sequence", "mean as in eq. 4, or over all tokens", "sequence", "token")
+    filter: bool = flag(True, "leave out groups whose rewards are all alike (DAPO)")
     shuffle_rewards: bool = flag(False, "control: rewards change places within their group")
     # optimizer
     lr: float = flag(1e-6, "learning rate, constant after the warm-up")
@@ -113,6 +114,9 @@ class Config:
     result_tokens: int = flag(1024, "tokens that the results are cut to")
     objectives: int = flag(2, "questions asked at once")
     turns: int = flag(6, "most turns of a trajectory")
+
+    def __post_init__(self):
+        self.documents_per_update = self.documents_per_update or self.documents_per_step
 
 
 PAPER = {  # where the paper's post-training tasks differ
@@ -403,7 +407,7 @@ def training_sequences(cfg, groups):
     sequences = []
     for group in groups:
         earned = [number(reward, f"task {cfg.task}") for reward in group.rewards]
-        if min(earned) == max(earned):
+        if cfg.filter and min(earned) == max(earned):
             continue
         advantages = grpo.group_advantages(torch.tensor(earned), cfg.scale)
         for agent, advantage in zip(group.agents, advantages.tolist()):
@@ -543,6 +547,18 @@ def add_flags(parser, names=None):
         parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **kind)
 
 
+def parse(argv=None):
+    """Command line -> the flags that it gives, {name: value}."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.usage = "train.py [--flag value ..]"
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        given["resume"] = True  # torchrun --max-restarts started the ranks again
+    return given
+
+
 # flags that may differ when a run is resumed: how long, what it shows and keeps, where it runs
 RESUMED = "out resume steps heldout eval_every eval_documents save_every".split()
 RESUMED += "kv_tokens tokens_per_forward retriever".split()
@@ -573,10 +589,11 @@ def open_run(given):
 def configure(given):
     """Flags -> Config, filled up from the model's memtrain.json and the task. InputError where
     settings don't go together."""
-    cfg = Config(**{name: value for name, (value, _) in origins(given).items()})
-    if "documents_per_update" not in given:  # the task's may be more than a small step has
-        cfg.documents_per_update = min(cfg.documents_per_update, cfg.documents_per_step)
-    cfg.documents_per_update = cfg.documents_per_update or cfg.documents_per_step
+    settings = {name: value for name, (value, _) in origins(given).items()}
+    step = settings.get("documents_per_step", Config.documents_per_step)
+    if "documents_per_update" not in given and settings.get("documents_per_update", 0) > step:
+        settings["documents_per_update"] = step  # the task's may be more than a small step has
+    cfg = Config(**settings)
     problem = None
     if cfg.group < 2:
         problem = f"--group {cfg.group}: an advantage is a difference within a group of 2 or more"
@@ -618,12 +635,14 @@ def origins(given):
 
 def print_settings(cfg, given):
     """The settings that differ from Config's defaults, and where each comes from."""
-    plain, merged, parts = dataclasses.asdict(Config()), origins(given), []
+    resumed = cfg.resume and Path(cfg.out, "config.json").exists()
+    known = dict.fromkeys(given, (None, "flag")) if resumed else origins(given)
+    otherwise = None, "the run's own" if resumed else "as documents_per_step"
+    plain, parts = dataclasses.asdict(Config()), []
     for name, value in dataclasses.asdict(cfg).items():
         if value != plain[name]:
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            origin = merged.get(name, (None, "follows"))[1]
-            parts.append(f"{name} {value} ({origin})")
+            parts.append(f"{name} {value} ({known.get(name, otherwise)[1]})")
     print("settings:", ", ".join(parts))
 
 
@@ -1094,13 +1113,7 @@ def leave_after(stop, step):
 
 @distributed.one_line_errors(InputError)
 def main(argv=None):
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.usage = "train.py [--flag value ..]"
-    add_flags(parser)
-    given = vars(parser.parse_args(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        given["resume"] = True  # torchrun --max-restarts started the ranks again
+    given = parse(argv)
     cfg = open_run(given)
     device = distributed.start_ranks()
     if distributed.rank() == 0:

@@ -37,6 +37,7 @@ def any_reward(plain):
 
 for name, task in train.TASKS.items():
     train.TASKS[name] = task._replace(rollout=any_reward(task.rollout))
+train.CHECKPOINTS = 9
 """
 # It kills itself (rank 1 where there are two) when it comes to a function for the n-th time.
 KILLED = """
@@ -96,15 +97,16 @@ from test_train import Recorder, some_sequences
 device = distributed.start_ranks()
 share = (lambda s: s.document % 2) if sys.argv[2] == "even" else (lambda s: 0)
 mine = [s for s in some_sequences() if share(s) == distributed.rank()]
-if sys.argv[2] == "dealt":  # rank 0 had everything
-    mine = train.deal(mine)
+if sys.argv[2] == "balanced":  # rank 0 had everything
+    mine = train.balance(mine)
     assert mine
 policy = distributed.shard(grpo.Policy(tiny_model()), device)
 recorder = Recorder(policy)
 with contextlib.suppress(ConnectionError), torch.no_grad(), distributed.gathered(policy):
     rollout = policy([[1, 2, 3]], [[4, 5]])[0]
     raise ConnectionError  # what is set aside for a rollout is there for the update all the same
-cfg = train.Config(max_grad_norm=1e9, tokens_per_forward=40)
+train.MAX_GRAD_NORM = 1e9
+cfg = train.Config(tokens_per_forward=40)
 for _ in range(2):  # the second finds everything as the first did
     train.update(cfg, policy, recorder, mine, Counter())
 if distributed.rank() == 0:
@@ -114,16 +116,17 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize("share", ["even", "empty", "dealt"])
+@pytest.mark.parametrize("share", ["even", "empty", "balanced"])
 def test_two_ranks_make_the_gradient_of_one_even_when_one_of_them_has_no_work(
-    alone, share, tmp_path
+    alone, share, tmp_path, monkeypatch
 ):
     done = run([tmp_path / "result", share], tmp_path, TWO_RANKS, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     two, names, rollout = torch.load(tmp_path / "result")
     plain = grpo.Policy(tiny_model())
     torch.testing.assert_close(rollout, plain([[1, 2, 3]], [[4, 5]])[0].detach())
-    one = gradient(train.Config(max_grad_norm=1e9), some_sequences())
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
+    one = gradient(train.Config(), some_sequences())
     assert names == [name for name, _ in plain.named_parameters()]
     assert (two - one).norm() / one.norm() < 1e-6
 
@@ -140,48 +143,11 @@ def test_two_ranks_train_as_one(pocket_model, tmp_path):
     one, two = metrics_of(tmp_path / "ranks1"), metrics_of(tmp_path / "ranks2")
     for a, b in zip(one, two, strict=True):
         assert a.pop("heldout", None) == b.pop("heldout", None)
+        assert max(a.pop("mismatch_max", 0), b.pop("mismatch_max", 0)) < 1e-4  # rounding, of other packs
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
         other = weights_of(tmp_path / "ranks2/step-000002")[name]
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-
-
-COMPILED = """
-import random, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, transformers
-from torch._dynamo.utils import counters
-import distributed, grpo, rollout
-from conftest import tiny_model
-
-device, make = distributed.start_ranks(), torch.compile
-torch.compile = lambda model, **settings: make(model, backend="eager", dynamic=settings["dynamic"])
-transformers.CompileConfig._compile_all_devices = True
-policy = distributed.shard(grpo.Policy(tiny_model()), device)
-optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-prompts = [[random.Random(i).randrange(64) for _ in range(20 + i % 3)] for i in range(6)]
-places, drawn = set(), []
-for step in range(3):
-    with torch.no_grad(), distributed.gathered(policy):
-        places.add(policy.lm.base_model.layers[0].mlp.up_proj.weight.data_ptr())
-        for compile in (True, False):
-            sampler = rollout.Sampler(policy.lm, [63], segment=8, compile=compile)
-            responses = sampler(prompts, [9] * 6, [(i,) for i in range(6)])
-            drawn.append([response.ids for response in responses])
-        assert drawn[-1] == drawn[-2], step
-    with distributed.gathered(policy):
-        sum(logps.sum() for logps in policy([[1, 2, 3], [1, 2, 4]], [[5], [6]])).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-assert len(places) > 1 and drawn[0] != drawn[-1] and counters["stats"]["unique_graphs"] <= 2
-distributed.leave()
-"""
-
-
-def test_compiled_decoding_follows_sharded_weights_that_change_and_move_from_step_to_step(tmp_path):
-    done = run([], tmp_path, COMPILED, ranks=2)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "compil" not in done.stderr  # transformers would say that it was left out
 
 
 OPENED = """
@@ -274,7 +240,7 @@ def test_tied_weights_are_saved_once_and_load_as_one(alone, tokenizer, tmp_path)
 thorough = pytest.mark.skipif(
     "THOROUGH" not in os.environ, reason="minutes: set THOROUGH=1 to run every case"
 )
-STEPS = [*SIZES, "--steps", "4", "--documents_per_update", "2", "--save_every", "1", "--keep", "9"]
+STEPS = [*SIZES, "--steps", "4", "--documents_per_update", "2", "--save_every", "1"]
 STEPS += ["--lr", "1e-3", "--kl", "0.1", "--eval_documents", "0"]
 
 
@@ -474,7 +440,7 @@ import distributed
 def main():
     distributed.start_ranks()
     if sys.argv[1] == "all" or distributed.rank() == 1:
-        raise distributed.InputError("no such thing")
+        raise OSError("no such thing")
     distributed.dist.barrier()
 
 main()
@@ -512,37 +478,6 @@ def test_ranks_whose_work_is_done_end_well_whatever_python_would_do_at_its_exit(
 # ------------------------------------------------------------------------------------------- memory
 
 
-def test_training_memory_is_18_bytes_a_parameter_sharded_and_2_gathered_and_grows_with_the_row():
-    lm = tiny_model(tie_word_embeddings=True)
-    parameters = sum(parameter.numel() for parameter in lm.parameters())
-    one, row = distributed.training_memory(lm.config, 1, tokens=100)
-    assert one == 20 * parameters
-    assert distributed.training_memory(lm.config, 4, 100, reference=False)[0] == 6 * parameters
-    logits = 12 * 1024 * lm.config.vocab_size
-    assert distributed.training_memory(lm.config, 1, 300)[1] - logits == 3 * (row - logits) > 0
-
-
-def test_a_model_that_fits_no_gpu_is_refused_with_numbers_before_it_is_loaded(
-    alone, tmp_path, monkeypatch
-):
-    config, device = tiny_model().config, torch.device("cuda")
-    config.save_pretrained(tmp_path)  # there are no weights to load
-    gpu = type("Properties", (), {})()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    gpu.total_memory = sum(distributed.training_memory(config, 4, 50))
-    with pytest.raises(
-        distributed.InputError, match="take 4 such GPUs, or lower --tokens_per_forward"
-    ):
-        distributed.check_memory(str(tmp_path), device, 50)
-    gpu.total_memory = sum(distributed.training_memory(config, 1, 50))
-    distributed.check_memory(str(tmp_path), device, 50)
-    gpu.total_memory = 1000
-    with pytest.raises(
-        distributed.InputError, match="needs 0 GB of a GPU .* which has 0: take a smaller model"
-    ):
-        distributed.check_memory(str(tmp_path), device, 50)
-
-
 def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(alone, monkeypatch):
     """Two layers of two key heads of 8 in bf16: 128 bytes a token; 3/4 of what is free is used."""
     lm, device = tiny_model(), torch.device("cuda")
@@ -554,6 +489,6 @@ def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(al
         0.75 * (12 * parameters + 128_000) / 128
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters - 1, 0))
-    with pytest.raises(distributed.InputError, match="leaves no memory for a rollout"):
+    with pytest.raises(MemoryError, match="leaves no memory for a rollout"):
         distributed.kv_budget(lm, device)
     assert distributed.kv_budget(lm, torch.device("cpu")) == 131072

@@ -84,20 +84,44 @@ def test_every_field_is_a_flag_with_help_and_its_default_has_its_type():
 def test_explicit_flags_win_over_the_models_settings_and_those_over_the_tasks(tmp_path):
     settings = {"all": {"group": 5, "lr": 0.1}, "longqa": {"lr": 0.2, "data": ["x"]}}
     (tmp_path / "memtrain.json").write_text(json.dumps({"settings": settings}))
-    given = ["--model", str(tmp_path), "--out", str(tmp_path / "out")]
-    cfg = train.parse([*given, "--task", "longqa"])
+
+    def parse(*flags):
+        given = ["--model", str(tmp_path), "--out", str(tmp_path / "out")]
+        return train.open_run(train.parse([*given, *flags]))
+
+    cfg = parse("--task", "longqa")
     assert (cfg.group, cfg.lr, cfg.data, cfg.documents_per_update) == (5, 0.2, ["x"], 8)
-    cfg = train.parse(
-        [*given, "--task", "longqa", "--lr", "0.3", "--documents_per_update", "4", "--no-filter"]
-    )
-    assert (cfg.group, cfg.lr, cfg.documents_per_update, cfg.filter) == (5, 0.3, 4, False)
-    cfg = train.parse([*given, "--data", "y"])
+    cfg = parse("--task", "longqa", "--lr", "0.3", "--documents_per_update", "4", "--resume")
+    assert (cfg.group, cfg.lr, cfg.documents_per_update, cfg.resume) == (5, 0.3, 4, True)
+    cfg = parse("--data", "y")
     assert (cfg.lr, cfg.data, cfg.aggregate) == (0.1, ["y"], "sequence")
+
+
+@pytest.mark.parametrize("flags, update", [
+    ("", 32),
+    ("--documents_per_step 6", 6),  # follows, unless it is given
+    ("--documents_per_step 6 --documents_per_update 3", 3),
+    ("--task longqa", 8),
+    ("--task longqa --documents_per_step 4", 4),
+    ("--task longqa --documents_per_step 16", 8),
+])  # fmt: skip
+def test_an_update_has_all_documents_of_a_step_unless_it_is_given_fewer(flags, update, tmp_path):
+    given = train.parse(f"--model {tmp_path} --data x {flags}".split())
+    assert train.configure(given).documents_per_update == update
+
+
+def test_a_run_says_which_settings_are_not_the_defaults_and_where_they_come_from(tmp_path, capsys):
+    (tmp_path / "memtrain.json").write_text('{"settings": {"all": {"group": 5, "kl": 0.001}}}')
+    given = train.parse(f"--model {tmp_path} --task longqa --data x --lr 0.1".split())
+    train.print_settings(train.configure(given), given)
+    line = capsys.readouterr().out
+    assert "group 5 (memtrain.json)" in line and "lr 0.1 (flag)" in line
+    assert "steps 500 (paper's longqa)" in line and "kl" not in line and line.count("\n") == 1
 
 
 def test_a_setting_that_is_no_flag_is_named(tmp_path):
     (tmp_path / "memtrain.json").write_text('{"settings": {"all": {"chunk_token": 5}}}')
-    with pytest.raises(distributed.InputError, match="chunk_token: no such flag"):
+    with pytest.raises(data.InputError, match="chunk_token: no such flag"):
         train.configure({"model": str(tmp_path), "data": ["x"]})
 
 
@@ -115,7 +139,7 @@ def test_a_longer_document_keeps_its_head_and_tail(tokenizer):
     setup = train.Setup(train.Config(chunk_tokens=4, max_chunks=3), Prompts(tokenizer), None)
     text = "The river runs through the old town and into the sea beyond the hills."
     chunks = data.chunks(text, tokenizer, 4)
-    assert len(chunks) > 4 and train.cut(setup, text) == [chunks[0], chunks[1], chunks[-1]]
+    assert len(chunks) > 4 and train.chunks_of(setup, text) == [chunks[0], chunks[1], chunks[-1]]
 
 
 # -------------------------------------------------------------------------------- tasks and rewards
@@ -189,7 +213,7 @@ def test_a_document_may_bring_its_own_question():
 
 
 def test_another_reward_changes_what_is_learnt_and_nothing_that_is_reported(monkeypatch):
-    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds, match: 0.25)
+    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds: 0.25)
     rows = {0: pocket.documents(1, seed=5)[0]}
     groups = train.memtrain(
         pocket_setup(lambda *key: f"\\boxed{{ {rows[0]['answer']} }}"), rows, step="x"
@@ -294,15 +318,19 @@ def plain_loss(cfg, model, sequences):
         weight = {
             "sequence": 1 / (len(turns) * turns[s.document] * len(response)),
             "token": 1 / tokens,
-            "constant": 1 / (len(sequences) * cfg.memory_tokens),
         }[cfg.aggregate]
         total = total + weight * (-surrogate + cfg.kl * (d.exp() - d - 1)).sum()
     return total
 
 
-@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, aggregate):
-    cfg = train.Config(aggregate=aggregate, max_grad_norm=1e9, kl=0.1, temperature=0.7)
+@pytest.fixture
+def unclipped(monkeypatch):
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, unclipped, aggregate):
+    cfg = train.Config(aggregate=aggregate, kl=0.1, temperature=0.7)
     sequences = some_sequences(old=True, ref=True)
     ours, model = gradient(cfg, sequences), tiny_model().double()
     plain_loss(cfg, model, sequences).backward()
@@ -310,9 +338,9 @@ def test_the_gradient_is_that_of_a_slow_plain_loss_in_float64(alone, aggregate):
     assert (ours - plain).norm() / plain.norm() < 1e-5
 
 
-def test_the_gradient_does_not_depend_on_the_size_of_a_row(alone):
-    wide = gradient(train.Config(max_grad_norm=1e9), some_sequences())
-    narrow = gradient(train.Config(max_grad_norm=1e9, tokens_per_forward=24), some_sequences())
+def test_the_gradient_does_not_depend_on_the_size_of_a_pack(alone, unclipped):
+    wide = gradient(train.Config(), some_sequences())
+    narrow = gradient(train.Config(tokens_per_forward=24), some_sequences())
     assert (wide - narrow).norm() / wide.norm() < 1e-6
 
 
@@ -360,7 +388,7 @@ def test_the_mismatch_is_the_mean_distance_of_training_and_sampling(alone, old_l
 
 
 @given(ranks=st.lists(st.lists(st.integers(1, 30), max_size=12), min_size=1, max_size=5))
-def test_sequences_are_dealt_so_that_no_rank_has_much_more_than_another_and_none_is_lost(ranks):
+def test_sequences_are_balanced_so_that_no_rank_has_much_more_than_another_and_none_is_lost(ranks):
     """ranks: of each, the lengths of its sequences' responses."""
     sequences = []
     for number, lengths in enumerate(ranks):
@@ -379,15 +407,15 @@ def test_sequences_are_dealt_so_that_no_rank_has_much_more_than_another_and_none
         barrier.wait()
         return values
 
-    def deal(rank):
+    def balance(rank):
         local.rank = rank
-        return train.deal(sequences[rank])
+        return train.balance(sequences[rank])
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(ranks)) as threads:
         patch.setattr(train, "all_gather", gather)
         patch.setattr(distributed, "rank", lambda: local.rank)
         patch.setattr(distributed, "world_size", lambda: len(ranks))
-        dealt = list(threads.map(deal, range(len(ranks))))
+        dealt = list(threads.map(balance, range(len(ranks))))
     before = sorted(id(s) for own in sequences for s in own)
     assert sorted(id(s) for own in dealt for s in own) == before
     loads = [sum(len(s.turn.response_ids) for s in own) for own in dealt]
@@ -505,25 +533,27 @@ def test_questions_and_documents_are_looked_at_while_any_task_trains(
         assert all(word in line for word in ("E2E EM 0.", "| recall EM 0.", "| QA EM 0."))
 
 
-def test_a_look_gives_every_question_to_the_task_that_can_answer_it(alone, monkeypatch):
+def test_an_evaluation_gives_every_question_to_the_task_that_can_answer_it(alone, monkeypatch):
     """Documents by memtrain, questions by longqa or a training searchqa, each with its settings."""
     seen = []
 
     def task(name):
         def rollout(setup, rows, step):
-            seen.append((name, setup.cfg.task, setup.cfg.group, setup.sampler.stop, rows))
+            seen.append((name, setup.cfg.task, setup.cfg.group, setup.sampler, rows))
             return [train.Group("trajectory", n, [], [1.0], [1.0]) for n in rows]
 
         return train.TASKS[name]._replace(rollout=rollout)
 
     for name in train.TASKS:
         monkeypatch.setitem(train.TASKS, name, task(name))
-    sampler = argparse.Namespace(stop="at a tag")
-    setup = train.Setup(train.Config(task="searchqa"), None, sampler)
-    result = train.evaluate(setup, torch.nn.Module(), {"memtrain": ["a"], "searchqa": ["b", "c"]})
-    assert [each[:4] for each in seen] == [
-        ("memtrain", "memtrain", 1, None),
-        ("searchqa", "searchqa", 1, "at a tag"),
+    sources = {"memtrain": ["a"], "searchqa": ["b", "c"]}
+    heldout = []
+    for name, rows in sources.items():
+        heldout.append((train.Setup(train.Config(task=name), None, f"sampler of {name}"), rows))
+    result = train.evaluate(torch.nn.Module(), heldout)
+    assert seen == [
+        ("memtrain", "memtrain", 1, "sampler of memtrain", {0: "a"}),
+        ("searchqa", "searchqa", 1, "sampler of searchqa", {0: "b", 1: "c"}),
     ]
     assert {kind: score[::3] for kind, score in result.items()} == {
         "trajectory": (1.0, 1),
@@ -628,7 +658,7 @@ def test_transcripts_with_any_kind_of_line_break_are_read_back(tmp_path):
     assert train.read_metrics(tmp_path) == [record, record]
 
 
-def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypatch):
+def test_every_rank_evaluates_its_own_share_of_the_held_out_rows(alone, monkeypatch):
     """Four ranks, one after the other: together they see every row once."""
     seen = []
 
@@ -642,7 +672,7 @@ def test_every_rank_looks_at_its_own_share_of_the_held_out_rows(alone, monkeypat
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(train, "all_gather", lambda value: [value])
-        train.evaluate(setup, torch.nn.Module(), {"memtrain": list("abcdefghij")})
+        train.evaluate(torch.nn.Module(), [(setup, list("abcdefghij"))])
     assert seen == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
 
 
@@ -693,17 +723,17 @@ def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(
 
 def test_a_model_folder_that_can_not_be_understood_is_bad_input(tmp_path):
     (tmp_path / "memtrain.json").write_text('{\n"problem": ')
-    with pytest.raises(distributed.InputError, match="memtrain.json:2: not JSON"):
+    with pytest.raises(data.InputError, match="memtrain.json:2: not JSON"):
         train.configure({"model": str(tmp_path), "data": ["x"]})
     (tmp_path / "config.json").write_text('{"model_type": "no_such_architecture"}')
-    with pytest.raises(distributed.InputError, match="not a folder with a checkpoint"):
+    with pytest.raises(OSError, match="not a folder with a checkpoint"):
         distributed.load_model(str(tmp_path), "auto")
 
 
 def test_a_mistake_in_the_code_is_no_bad_input_and_keeps_its_traceback():
     with (
         pytest.raises(ValueError, match="invalid literal"),
-        distributed.one_line_errors(data.DataError),
+        distributed.one_line_errors(data.InputError),
     ):
         int("a mistake")
 

@@ -143,7 +143,7 @@ def test_two_ranks_train_as_one(pocket_model, tmp_path):
     one, two = metrics_of(tmp_path / "ranks1"), metrics_of(tmp_path / "ranks2")
     for a, b in zip(one, two, strict=True):
         assert a.pop("heldout", None) == b.pop("heldout", None)
-        assert max(a.pop("mismatch_max", 0), b.pop("mismatch_max", 0)) < 1e-4  # rounding, of other packs
+        assert max(a.pop("mismatch_max", 0), b.pop("mismatch_max", 0)) < 1e-4
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     for name, value in weights_of(tmp_path / "ranks1/step-000002").items():
         other = weights_of(tmp_path / "ranks2/step-000002")[name]

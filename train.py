@@ -294,13 +294,14 @@ def memtrain(setup, rows, step):
     return groups
 
 
-def longqa(setup, rows, step):
-    """Long-text QA (MemAgent): `group` trajectories read each context {number: row} and answer."""
+def longqa(setup, rows, step, agent=Reader):
+    """Long-text QA (MemAgent): `group` trajectories read each context {number: row} and answer.
+    agent: another kind of Reader."""
     readers = {}
     for document, row in rows.items():
         chunks = chunks_of(setup, setup.prompts.clean(row["context"]))
         problem = setup.prompts.encode(row["question"])
-        readers[document] = make_readers(setup, problem, chunks, (step, document))
+        readers[document] = make_readers(setup, problem, chunks, (step, document), agent)
     rollout(sum(readers.values(), []), setup.sampler)
     groups = []
     for document, row in rows.items():
@@ -360,16 +361,15 @@ def chunks_of(setup, text):
     return chunks
 
 
-def make_readers(setup, problem, chunks, key):
+def make_readers(setup, problem, chunks, key, agent=Reader):
     """The `group` trajectories of one document."""
-    cfg, ids = setup.cfg, [chunk.ids for chunk in chunks]
-    readers = []
+    cfg, ids, readers = setup.cfg, [chunk.ids for chunk in chunks], []
     for i in range(cfg.group):
-        reader = Reader(
-            setup.prompts, problem, ids, cfg.memory_tokens, cfg.answer_tokens, key=(*key, i)
+        own = (*key, i)
+        readers.append(
+            agent(setup.prompts, problem, ids, cfg.memory_tokens, cfg.answer_tokens, own)
         )
-        reader.unread = unread(chunks)
-        readers.append(reader)
+        readers[-1].unread = unread(chunks)
     return readers
 
 
@@ -620,11 +620,16 @@ def origins(given):
         raise InputError(f"--model {model} is not there: make it with: python tests/pocket.py")
     own = model_settings(model).get("settings", {})
     own = own.get("all", {}) | own.get(task, {})
-    unknown = set(own) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise InputError(f"{model}/memtrain.json sets {', '.join(unknown)}: no such flag")
+    fields, merged = {field.name: field for field in dataclasses.fields(Config)}, {}
+    for name, value in own.items():
+        if name not in fields:
+            raise InputError(f"{model}/memtrain.json sets {name}: no such flag")
+        choices, plain = fields[name].metadata["choices"], getattr(Config(), name)
+        whole = isinstance(plain, float) and type(value) is int
+        if choices and value not in choices or type(value) is not type(plain) and not whole:
+            wanted = " or ".join(choices) if choices else f"a {type(plain).__name__}"
+            raise InputError(f"{model}/memtrain.json sets {name} to {value!r}: {wanted} is wanted")
 
-    merged = {}
     layers = {f"paper's {task}": PAPER.get(task, {}), "memtrain.json": own, "flag": given}
     for origin, settings in layers.items():
         for name, value in settings.items():

@@ -5,13 +5,18 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pocket
 import pytest
 import torch
@@ -125,6 +130,18 @@ def test_a_setting_that_is_no_flag_is_named(tmp_path):
         train.configure({"model": str(tmp_path), "data": ["x"]})
 
 
+@pytest.mark.parametrize("setting, wanted", [
+    ('"objective": "ful"', "full or decoupled or e2e"),
+    ('"chunk_tokens": "5000"', "a int"),
+    ('"resume": "yes"', "a bool"),
+    ('"data": "docs"', "a list"),
+])  # fmt: skip
+def test_a_setting_of_the_wrong_kind_is_refused_by_name(setting, wanted, tmp_path):
+    (tmp_path / "memtrain.json").write_text(f'{{"settings": {{"all": {{"lr": 1, {setting}}}}}}}')
+    with pytest.raises(data.InputError, match=f"sets {setting[1:4]}.*{wanted} is wanted"):
+        train.configure({"model": str(tmp_path), "data": ["x"]})
+
+
 # ----------------------------------------------------------------------------------- data of a step
 
 
@@ -133,6 +150,28 @@ def test_every_epoch_sees_every_document_once_whatever_the_step_size(alone):
     steps = [list(train.rows_of_step(cfg, rows, step).values()) for step in range(4)]
     first, second = steps[0] + steps[1], steps[2] + steps[3]
     assert sorted(first) == sorted(second) == rows and first != second
+
+
+def test_what_max_chunks_leaves_out_is_a_share_of_the_text():
+    spans = [(0, 10), (10, 20), (80, 90), (90, 100)]
+    chunks = [data.Chunk([], start, end) for start, end in spans]
+    assert train.unread(chunks) == 0.6 and train.unread(chunks[:2]) == 0.0
+    assert train.unread([data.Chunk([], 0, 0)]) == 0.0
+
+
+@pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.25), torch.tensor(0.75)])
+def test_a_reward_may_be_any_number(value):
+    assert train.number(value, "mine") == float(value)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "high", torch.zeros(2)])
+def test_a_reward_that_is_no_number_is_named_with_the_function_that_gave_it(value, monkeypatch):
+    monkeypatch.setattr(rewards, "answer_reward", lambda answer, golds: value)
+    with pytest.raises(data.InputError, match="^rewards.answer_reward gave a reward that is no"):
+        train.rewarded("Rome", ["Rome"])
+    group = train.Group("trajectory", 0, [], [1.0], [value])
+    with pytest.raises(data.InputError, match="^task memtrain gave a reward that is no number"):
+        train.training_sequences(train.Config(), [group])
 
 
 def test_a_longer_document_keeps_its_head_and_tail(tokenizer):
@@ -751,3 +790,37 @@ def test_a_used_folder_is_refused_without_resume(tmp_path, capsys, pocket_model)
         train.main(["--model", pocket_model, "--out", str(tmp_path)])
     assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+# --------------------------------------------------------------------------------------- the README
+
+
+def test_the_agent_of_the_readme_trains_and_is_evaluated_by_its_own_task(pocket_model, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    [code] = re.findall(r"```python\n(# doubt.py.*?)```", readme, re.DOTALL)
+    (tmp_path / "doubt.py").write_text(code)
+    questions = Path(pocket_model).parent / "questions"
+    flags = ["--task", "doubt", "--model", pocket_model, "--out", "run", "--steps", "1"]
+    flags += ["--data", questions / "train.jsonl", "--heldout", questions / "heldout-1x.jsonl"]
+    flags += ["--documents_per_step", "2", "--group", "4", "--eval_documents", "2", "--no-filter"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "doubt.py", *map(str, flags)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, step = metrics_of(tmp_path / "run")
+    assert step["turns"] == pocket.CHUNKS + 2 and before["heldout"]["questions"][3] == 2
+    settings = json.loads((tmp_path / "run/step-000001/memtrain.json").read_text())
+    assert settings["task"] == "doubt"
+
+
+def test_no_line_of_the_readme_names_a_flag_that_is_not_there():
+    parser = argparse.ArgumentParser()
+    train.add_flags(parser)
+    known = parser.format_help()
+    for file in ("data.py", "eval.py", "tests/bench.py", "tests/warm_start.py", "tests/study.py"):
+        known += (ROOT / file).read_text()
+    others = {"--nproc_per_node", "--max-restarts", "--shutdown-timeout"}  # torchrun's
+    for flag in set(re.findall(r"--[a-z][\w-]+", (ROOT / "README.md").read_text())) - others:
+        assert flag in known or f"--no-{flag[2:]}" in known, flag

@@ -167,8 +167,7 @@ SCRIPTS = ["北京的。在", "とうカーキ々", "กรุเ่ำ", "ກ�
 
 @given(st.lists(st.text(st.sampled_from("".join(SCRIPTS)), max_size=12), max_size=4), st.data())
 def test_of_no_script_is_an_occurrence_left_and_spans_keep_their_text(texts, draw):
-    alphabet = st.sampled_from(SCRIPTS).flatmap(lambda letters: st.text(letters, min_size=1, max_size=3))
-    entity = draw.draw(alphabet)
+    entity = draw.draw(st.text(draw.draw(st.sampled_from(SCRIPTS)), min_size=1, max_size=3))
     text = entity.join(texts)
     cuts = sorted(draw.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     spans = list(zip(cuts[::2], cuts[1::2]))
@@ -406,8 +405,8 @@ def test_documents_of_a_script_without_blanks_are_cut_masked_and_searched(tmp_pa
 
 
 def test_build_counts_answers_that_still_stand_inside_other_words(tmp_path, capsys):
-    rows = [{"text": f"the man met Zed{number} at noon; Zed{number}son left."} for number in range(40)]
-    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    rows = [f"the man met Zed{number} at noon; Zed{number}son left." for number in range(40)]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in rows])
     documents, _ = build(path, tmp_path / "docs", 20, "--heldout", 0)
     inside = sum(document["answer"] in document["text"] for document in documents)
     assert inside and f"{inside} of the answers still stand inside" in capsys.readouterr().out
@@ -751,7 +750,8 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
     (tmp_path / "README.md").write_text("about")
     write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "text": "Ann ran.", "meta": None}])
     (tmp_path / "b.txt").write_text("Bob\nsat.\n\nCy left.")
-    write_jsonl(tmp_path / "more" / "a.jsonl.gz", [{"contents": '"Rome"\nA city.', "meta": {"k": 1}}])
+    row = {"contents": '"Rome"\nA city.', "meta": {"k": 1}}
+    write_jsonl(tmp_path / "more" / "a.jsonl.gz", [row])
     as_parquet(tmp_path / "more" / "b.parquet", [{"id": 5, "title": 1984, "text": "A novel."}])
     rows = list(data.read_rows(str(tmp_path)))
     files = [tmp_path / name for name in ("a.jsonl", "b.txt", "more/a.jsonl.gz", "more/b.parquet")]
@@ -999,7 +999,7 @@ def test_golds_that_do_not_go_with_their_questions_are_named_in_one_line(golds, 
 
 def test_joined_questions_are_refused_where_one_is_answered(tmp_path):
     path = write_rows(tmp_path / "train.parquet", [pairs_row()])
-    with pytest.raises(InputError, match="row 1: golds of 2 questions at once; .*searchqa"):
+    with pytest.raises(InputError, match="row 1: golds of 2 questions at once"):
         data.load_questions(path)
 
 
@@ -1021,7 +1021,7 @@ def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
     good = {"question": "Who?", "answers": ["Ann"], "context": "Ann ran."}
     path = write_rows(tmp_path / "q.jsonl", [good, good | {"context": context}])
     assert len(data.load_questions(path)) == 2
-    with pytest.raises(InputError, match="q.jsonl:2: a long-text question needs a context or paragraphs"):
+    with pytest.raises(InputError, match="q.jsonl:2: a long-text .* a context or paragraphs"):
         data.load_questions(path, long=True)
 
 
@@ -1144,9 +1144,11 @@ def test_golds_that_joined_answers_cannot_give_are_left_out_and_counted(tmp_path
     assert not capsys.readouterr().err
     (joined,) = data.load_questions(path, 2)
     assert (joined["question"], joined["answers"]) == ("A?; C?", [["Arlen"], ["c"]])
-    assert "2 golds hold a ; at which joined answers are split: left out, with 1 rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 golds hold a ; at which joined answers are split: left out, with 1 rows" in said
     joined = {"question": "A?; B?", "answers": [["x; y"], ["z"]]}
-    path = write_jsonl(tmp_path / "q.jsonl", [joined, {**joined, "answers": [["x"], ["y; z", "z"]]}])
+    other = {**joined, "answers": [["x"], ["y; z", "z"]]}
+    path = write_jsonl(tmp_path / "q.jsonl", [joined, other])
     assert [row["answers"] for row in data.load_questions(path, 2)] == [[["x"], ["z"]]]
 
 

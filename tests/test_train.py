@@ -572,6 +572,41 @@ def test_questions_and_documents_are_looked_at_while_any_task_trains(
         assert all(word in line for word in ("E2E EM 0.", "| recall EM 0.", "| QA EM 0."))
 
 
+def test_a_folder_is_evaluated_once_and_one_that_holds_nothing_out_is_refused(
+    pocket_model, tmp_path
+):
+    [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
+    once = train.load_heldout(train.Config(data=[documents]))
+    assert train.load_heldout(train.Config(data=[documents], heldout=[documents])) == once
+    assert list(once) == ["memtrain"] and len(once["memtrain"]) == 256
+    row = dict(once["memtrain"][0])
+    data.save_documents(tmp_path / "docs", {"train": iter([row]), "heldout": iter([])})
+    assert train.load_heldout(train.Config(data=[str(tmp_path / "docs")])) == {}
+    with pytest.raises(data.InputError, match="docs: none held out"):
+        train.load_heldout(train.Config(data=[documents], heldout=[str(tmp_path / "docs")]))
+
+
+def test_searchqa_trains_on_joined_questions_and_evaluates_others(
+    tokenizer, tmp_path, monkeypatch, signals
+):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
+    tiny_model(vocab_size=len(tokenizer), **sizes).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    joined = {"question": "Who?; Where?", "answers": [["Ann", "Anna"], ["Rome"]]}
+    single = {"question": "Who?", "answers": ["a"]}
+    Path("train.jsonl").write_text(f"{json.dumps(joined)}\n" * 4)
+    Path("dev.jsonl").write_text(f"{json.dumps(single)}\n" * 6)
+    Path("passages.jsonl").write_text('{"id": "1", "title": "Rome", "text": "A city."}\n')
+    flags = "--task searchqa --model model --data train.jsonl --heldout dev.jsonl --objectives 3"
+    flags += " --steps 1 --documents_per_step 2 --group 2 --answer_tokens 4 --result_tokens 4"
+    train.main([*flags.split(), "--retriever", "passages.jsonl", "--out", "run"])
+    first, last = train.read_metrics("run")
+    assert first["heldout"]["questions"][3] == 2 and last["turns"] >= 1
+    sample = json.loads(Path("run/samples.jsonl").read_text().splitlines()[0])
+    assert sample["golds"] == [["Ann", "Anna"], ["Rome"]]
+
+
 def test_an_evaluation_gives_every_question_to_the_task_that_can_answer_it(alone, monkeypatch):
     """Documents by memtrain, questions by longqa or a training searchqa, each with its settings."""
     seen = []

@@ -645,7 +645,7 @@ def print_settings(cfg, given):
     otherwise = None, "the run's own" if resumed else "as documents_per_step"
     plain, parts = dataclasses.asdict(Config()), []
     for name, value in dataclasses.asdict(cfg).items():
-        if value != plain[name]:
+        if value != plain[name] and name != "out":
             value = " ".join(map(str, value)) if isinstance(value, list) else value
             parts.append(f"{name} {value} ({known.get(name, otherwise)[1]})")
     print("settings:", ", ".join(parts))

@@ -347,6 +347,8 @@ def test_two_ranks_give_the_table_of_one_with_sampling(pocket_model, tmp_path):
         tables.append(json.loads((tmp_path / f"{ranks}.json").read_text())["table"])
     assert tables[0] == tables[1] and list(tables[0]) == ["a", "b", "average"]
     assert tables[0]["a"]["n"] == 6
+    done = sorted(path.read_text().count("}\n") for path in tmp_path.glob("2.json.parts/a/*"))
+    assert done == [6, 6]  # ranks share the work
     answers = {}
     for name in "ab":
         lines = (tmp_path / "1.json.parts" / name / "rank0.jsonl").read_text().split("\n")
@@ -438,7 +440,6 @@ def test_finished_samples_of_another_model_other_flags_or_other_questions_are_re
         change["model"] = model.rename(tmp_path / "moved")
     if name is None:
         open_parts(**change)
-        open_parts()
         change, name = {"sets": {"a": facts(3)}}, "questions of a"  # still known
     with pytest.raises(data.InputError, match=f"other {name}, see flags.json"):
         open_parts(**change)

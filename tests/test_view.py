@@ -108,6 +108,9 @@ def test_a_transcript_holds_the_sections_memories_recalls_rewards_and_advantages
             " ".join(section) in recall["prompt"] and memories[recall["k"] - 1] in recall["prompt"]
         )
         assert len(recall["answers"]) == len(recall["rewards"]) == 2
+    shown = evaluation.article(record).split('<div class="turn">')[1:]
+    for recall in record["recalls"]:
+        assert f'<mark class="target">{recall["target"]}</mark>' in shown[recall["l"] - 1]
     for group in (record, *record["recalls"]):
         mean = sum(group["rewards"]) / len(group["rewards"])
         assert group["advantages"] == pytest.approx([reward - mean for reward in group["rewards"]])
@@ -458,9 +461,12 @@ def test_what_is_known_without_a_memory_is_no_capture():
     documents = pocket.documents(4, "forgetting")
     facts = sum((warm_start.read(row["text"].split()) for row in documents), [])
 
+    asked = []
+
     def knows(memory, section, problem):
         if section is None or problem is not None:
             return []
+        asked.append(memory)
         (hidden,) = [fact for fact in warm_start.read(section) if data.TARGET in fact]
         for first in range(0, len(facts), pocket.FACTS_PER_CHUNK):
             part = facts[first : first + pocket.FACTS_PER_CHUNK]
@@ -472,6 +478,7 @@ def test_what_is_known_without_a_memory_is_no_capture():
     assert means(table, "no memory") == {0: 1.0} and means(table, "recall")[2] == 1.0
     assert means(table, "written")[2] == 0.0
     assert table["capture"] == table["retention"] == {}
+    assert "No previous memory".split() in asked and [] in asked
 
 
 def test_entities_that_stand_in_another_section_too_are_not_asked_for():

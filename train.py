@@ -145,12 +145,12 @@ def train(cfg, device):
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(lm, device)
     sampling = dict(kv_tokens=kv_tokens, temperature=cfg.temperature, search=open_search(cfg))
     setup = open_setup(cfg, policy, tokenizer, **sampling)
-    check_context(setup, rows, lm)
     heldout = []  # [(setup of the task that answers, rows), ..]
     for task, part in load_heldout(cfg).items():
-        answers = dataclasses.replace(cfg, task=task)
-        heldout.append((open_setup(answers, policy, tokenizer, **sampling), part))
-        check_context(*heldout[-1], lm)
+        own = dataclasses.replace(cfg, task=task)
+        heldout.append((open_setup(own, policy, tokenizer, **sampling), part))
+    for asked, part in [(setup, rows), *heldout]:
+        check_context(asked, part, lm)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,
@@ -913,7 +913,7 @@ KINDS = {"trajectory": "E2E", "recall": "recall", "questions": "QA"}
 
 
 def heldout_line(result):
-    """What an evaluation of held-out rows found, in words."""
+    """What an evaluation found, in words."""
     parts = []
     for kind, (share, low, high, n) in result.items():
         parts.append(f"{KINDS[kind]} EM {share:.3f} [{low:.3f}, {high:.3f}] n={n}")

@@ -484,7 +484,7 @@ def test_words_and_texts_are_those_that_the_weights_and_the_study_were_made_with
     for make in pocket.documents, pocket.questions, pocket.search_questions:
         texts += [make(20, "train 0"), make(20, 0)]
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    assert digest.startswith("c30d28df6dd62e45")  # frozen: others need other weights (warm_start.py)
+    assert digest.startswith("c30d28df6dd62e45")  # others need other weights (warm_start.py)
 
 
 def test_the_weights_that_come_with_it_have_the_skills_of_a_warm_start(made, prompts):

@@ -38,13 +38,18 @@ import torch
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
 FIELD = re.compile(r"(?<!\w)\{(\w+)\}")  # of a template; behind a letter braces are text
+STRUCTURE = re.compile(r"[<\[\]{|].+[>\[\]}|]")  # what tokens look like that are no words
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
+FINAL = "<|channel|>final<|message|>"  # harmony: all other channels are thoughts
 THOUGHTS = {  # how models open a thought, and what ends it
     "<think>": "</think>",
     "<thinking>": "</thinking>",
-    "[THINK]": "[/THINK]",
     "<seed:think>": "</seed:think>",
-    "<|channel|>analysis": "<|channel|>final<|message|>",  # harmony: all but the final channel
+    "[THINK]": "[/THINK]",
+    "◁think▷": "◁/think▷",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|channel>": "<channel|>",
+    "<|channel|>": FINAL,
 }
 NO_MEMORY = "No previous memory"
 PAD = 0  # any id: padding is masked wherever it stands
@@ -100,12 +105,10 @@ TEMPLATES = {
 
 
 def structure_of(tokenizer):
-    """The spellings that must not be forged: tags of ours, special tokens and added ones that look
-    like structure (`<|im_end|>`, `</think>`). Added words ("Rome") and a pad token "0" are text."""
-    special, added = set(tokenizer.all_special_tokens), tokenizer.added_tokens_decoder.values()
-    special |= {str(token) for token in added if token.special}
-    spellings = {token for token in special if re.search(r"[^\w\s]", token)}
-    spellings |= {token for token in map(str, added) if re.fullmatch(r"[<\[{].+[>\]}]", token)}
+    """The spellings that must not be forged: our tags, and added tokens that look like structure
+    (`<|im_end|>`, `[INST]`, `</think>`). An added word ("Rome") or a pad token "0" is text."""
+    tokens = [*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())]
+    spellings = {token for token in tokens if STRUCTURE.search(token)}
     for tag in TAGS:
         spellings |= {f"<{tag}>", f"</{tag}>"}
     return spellings - {"[MASK]", "[TARGET]"}
@@ -136,15 +139,13 @@ def cleaner(tokenizer):
     return lambda text: forged.sub(look_alike, text)
 
 
-def render(tokenizer, text, reply=None):
-    """A user's message in the tokenizer's chat template: as text, thinking off where it can be.
-    reply: what the assistant answers; without it the prompt for an answer stands at the end.
+def around(tokenizer, text, reply=None):
+    """What the chat template puts before and after a user's message: (before, after). Thinking is
+    off where it can be. After it comes the prompt for an answer, or what the assistant replies.
 
     ValueError where the template fails, or does not show the message as it is, once.
     """
-    import jinja2
-
-    trouble = "it does not show the user's message"
+    trouble = "it does not show the user's message as it is, once"
     # some templates want a message's content in parts
     for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         messages = [{"role": "user", "content": wrap(text)}]
@@ -154,11 +155,13 @@ def render(tokenizer, text, reply=None):
             chat = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=reply is None, enable_thinking=False
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            trouble = f"it fails: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # a template is a program of somebody's: it may raise anything
+            trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
+        # some templates strip it
+        before, _, after = chat.partition(text.strip())
         if chat.count(text.strip()) == 1:
-            return chat
+            return before, after
     raise ValueError(f"the tokenizer's chat template can't be used ({trouble}): mend the template")
 
 
@@ -167,11 +170,11 @@ def check_texts(texts):
     for name, text in texts.items():
         if name not in TEMPLATES:
             raise ValueError(f"there is no template {name!r}: known are {', '.join(TEMPLATES)}")
-        found, filled = set(FIELD.findall(text)), set(FIELD.findall(TEMPLATES[name]))
+        found, filled = sorted(FIELD.findall(text)), sorted(FIELD.findall(TEMPLATES[name]))
         if found != filled:
             raise ValueError(
-                f"template {name!r} has the fields {sorted(found)}, but what is filled is "
-                f"{sorted(filled)}: name each of these in braces, and no others"
+                f"template {name!r} has the fields {found}, but what is filled is {filled}: "
+                "name each of these once, in braces, and no others"
             )
 
 
@@ -184,17 +187,18 @@ class Template:
     """
 
     def __init__(self, tokenizer, text):
-        # markers for the fields: other braces of the chat template (a system prompt's) are text
+        # other braces, of the chat template's system prompt, say, are text: hence markers
         pieces = FIELD.split(text)  # literal, field, literal, field, .., literal
         self.fields = pieces[1::2]
-        markers = [f"(field-{number}-{name})" for number, name in enumerate(self.fields)]
-        pieces[1::2] = markers
-        rest = self.chat = render(tokenizer, "".join(pieces))
+        pieces[1::2] = [f"(field-{name})" for name in self.fields]
+        before, after = around(tokenizer, "".join(pieces))
+        if "(field-" in before + after:
+            raise ValueError("the tokenizer's chat template shows parts of the message twice")
 
-        self.literals = []
-        for marker in [*markers, None]:
-            literal, _, rest = rest.partition(marker) if marker else (rest, "", "")
-            self.literals.append(tokenizer(literal, add_special_tokens=False)["input_ids"])
+        literals = pieces[0::2]
+        literals[0] = before + literals[0].lstrip()
+        literals[-1] = literals[-1].rstrip() + after
+        self.literals = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in literals]
 
     def __call__(self, **fields):
         ids = list(self.literals[0])
@@ -238,23 +242,22 @@ class Prompts:
         for tag in ("\n<information>\n", "\n</information>"):
             self.information.append(tokenizer(tag, add_special_tokens=False)["input_ids"])
 
-        # what is no text of a response: all_special_ids lacks special tokens without a role
-        self.special_ids, structure = {tokenizer.eos_token_id}, structure_of(tokenizer)
+        # a response ends as the chat template ends what an assistant says
+        opened, said, end = around(tokenizer, "(question)")[1].rstrip(), "", ""
+        with contextlib.suppress(ValueError):  # a template may show no assistant's message
+            said, _, end = around(tokenizer, "(question)", "(reply)")[1].partition("(reply)")
+        self.ends, self.special_ids = {tokenizer.eos_token_id}, {tokenizer.eos_token_id}
+        structure = structure_of(tokenizer)
         for token_id, token in tokenizer.added_tokens_decoder.items():
-            if token.special and str(token) in structure:
+            if str(token) in structure and end.lstrip().startswith(str(token)):
+                self.ends.add(token_id)
+            # what is no text of a response; all_special_ids lacks special tokens without a role
+            if str(token) in structure and (token.special or token_id in self.ends):
                 self.special_ids.add(token_id)
 
-        # a response ends as the chat template ends what an assistant says
-        self.ends = {tokenizer.eos_token_id}
-        with contextlib.suppress(ValueError):  # one that shows no assistant says nothing of it
-            _, _, after = render(tokenizer, "(question)", reply="(reply)").partition("(reply)")
-            after = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-            self.ends |= self.special_ids.intersection(after[:1])
-
-        # a thought that the prompt opens, or that is in the nature of the template
-        self.thinks = None
+        self.thinks = "<|channel|>" if said.endswith(FINAL) else None
         for start in THOUGHTS:
-            if self.answer.chat.rstrip().endswith(start):
+            if opened.endswith(start):
                 self.thinks = start
 
     def encode(self, text):
@@ -272,10 +275,11 @@ class Prompts:
         """The ids of a response behind its thought, if it has one; None where that never ends."""
         said = self.tokenizer.decode(ids)
         for start, end in THOUGHTS.items():
-            ends = said.count(end)
-            if ends:
-                return ids[self.shortest(ids, lambda part: part.count(end) == ends) :]
-            if start in said or start == self.thinks:
+            thoughts, opened = said.count(end), start == self.thinks
+            if thoughts:
+                ids = ids[self.shortest(ids, lambda part: part.count(end) == thoughts) :]
+                said, opened = said.rpartition(end)[2], False
+            if opened or start in said:
                 return None
         return ids
 

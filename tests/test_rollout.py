@@ -1,5 +1,6 @@
 """Prompts, agents and the sampler, against plain tokenisation, brute force and plain `generate`."""
 
+import copy
 import doctest
 import random
 from os.path import commonprefix
@@ -369,6 +370,250 @@ def test_longest_is_exactly_the_longest_prompt_and_response(
     sizes = dict(memory_tokens=memory_tokens, answer_tokens=answer_tokens)
     longest = longest_turn(prompts, problem, chunk_tokens=chunk_tokens, **sizes)
     assert longest == max(reached)
+
+
+# ---------------------------------------------------------- chat templates of other models
+
+TURNS = "{% for m in messages %}"
+CHATS = {  # as the models' own ones are at heart
+    "ChatML": TURNS + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "Llama 3": "{{ bos_token }}" + TURNS + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "Mistral": TURNS + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    "Gemma": TURNS + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "Phi 3": TURNS + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}",
+    "DeepSeek R1": TURNS + "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}"
+    "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
+    "harmony": "<|start|>system<|message|># Valid channels: analysis, commentary, final.<|end|>"
+    + TURNS + "{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% else %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "content in parts": TURNS + "<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+ENDS_OF = {  # what each writes after what the assistant says
+    "ChatML": "<|im_end|>", "Llama 3": "<|eot_id|>", "Mistral": "</s>", "Gemma": "<end_of_turn>",
+    "Phi 3": "<|end|>", "DeepSeek R1": "<｜end▁of▁sentence｜>", "harmony": "<|return|>",
+    "content in parts": "<|im_end|>",
+}  # fmt: skip
+
+
+def with_chat(tokenizer, chat, **added):
+    """A copy with another chat template; added: more tokens, special=[..] or words=[..]."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATS.get(chat, chat)
+    tokenizer.add_tokens(added.get("words", []))
+    tokenizer.add_tokens(added.get("special", []), special_tokens=True)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    """name: Prompts of a model with that template; its end token is not the tokenizer's own."""
+    made = {}
+    for name, end in ENDS_OF.items():
+        special = [end, "<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
+        made[name] = Prompts(with_chat(tokenizer, name, special=special))
+    return made
+
+
+SCRIPTS = [
+    "plain", "Москва", "北京的天安门", "ひらがな カタカナ", "한국어", "ไทยไม่มีช่องว่าง", "عربي", "עברית",
+    "देवनागरी", "ភាសាខ្មែរ", "e\u0301 é ﬁ", "😀👩\u200d👩", "\u202eabc", "{memory} {{ x }} {% if %}", "\\boxed{x}",
+    "a\nb\r\n\tc", "  two  blanks ", "(field-memory)", "‹",
+]  # fmt: skip
+any_script = st.lists(st.sampled_from(SCRIPTS) | st.text(max_size=3), max_size=5).map(" ".join)
+
+
+@given(st.sampled_from(sorted(CHATS)), st.tuples(any_script, any_script, any_script))
+def test_any_text_comes_through_the_chat_template_of_any_model_whole_and_in_order(
+    models, chat, texts
+):
+    prompts = models[chat]
+    fields = dict(zip(["problem", "memory", "section"], texts))
+    shown = prompts.tokenizer.decode(
+        prompts.update(**{name: prompts.encode(text) for name, text in fields.items()})
+    )
+    message = rollout.TEMPLATES["update"].strip()
+    for name, text in fields.items():
+        literal, _, message = message.partition("{" + name + "}")
+        _, found, shown = shown.partition(literal + prompts.clean(text))
+        assert found, name
+    assert shown.startswith(message)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_a_response_ends_where_the_chat_template_ends_what_an_assistant_says(models, chat):
+    prompts, token = models[chat], models[chat].tokenizer.convert_tokens_to_ids
+    assert prompts.ends == {prompts.tokenizer.eos_token_id, token(ENDS_OF[chat])}
+    assert prompts.plain([300, token(ENDS_OF[chat])]) == [300]
+
+
+def test_an_end_that_is_no_special_token_ends_a_response_too_and_is_no_memory(tokenizer):
+    chat = CHATS["Gemma"]
+    prompts = Prompts(with_chat(tokenizer, chat, words=["<end_of_turn>"]))
+    end = prompts.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end in prompts.ends and prompts.plain([300, end]) == [300]
+
+
+@pytest.mark.parametrize("chat", [
+    "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n",
+    "{{ messages[0].role }}: {{ messages[0].content[:40] }}",
+    "{{ messages[0].content | upper }}",
+    "{{ messages[0].content | replace('\n', ' ') }}",
+    "{{ messages[0].content | e }}",
+    "{{ messages[0].content }}{{ messages[0].content }}",
+    "{{ messages[0].content[-60:] }}{{ messages[0].content }}",
+    "{{ raise_exception('only the\nsystem may speak') }}",
+    "{{ 1 / 0 }}",
+    "{{ messages[0].content + 5 }}",
+    "{{ messages[9].content.x }}",
+    "{{ messages",
+    "{% for m in messages %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    {"tool_use": "{{ messages[0].content }}"},
+])  # fmt: skip
+def test_a_chat_template_that_does_not_show_the_message_as_it_is_is_refused_in_one_line(
+    tokenizer, chat
+):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat
+    with pytest.raises(ValueError, match="chat template") as error:
+        Prompts(tokenizer)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_braces_of_a_default_system_prompt_are_text(tokenizer):
+    system = "<|im_start|>system\nSay \\boxed{answer} from {memory}, {section}.<|im_end|>\n"
+    chat = "{{ %r }}" % system + CHATS["ChatML"]
+    prompts, x = Prompts(with_chat(tokenizer, chat)), prompts_of("x", tokenizer)
+    shown = prompts.tokenizer.decode(prompts.recall(memory=x, section=x))
+    assert shown.startswith(system + "<|im_start|>user\n")
+    assert "<memory>\nx\n</memory>" in shown and "<section>\nx\n</section>" in shown
+
+
+def prompts_of(text, tokenizer):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("texts, words", [
+    ({"udpate": rollout.TEMPLATES["update"]}, "no template 'udpate': known are update, answer"),
+    ({"answer": "Answer: {problem}"}, "'answer' has the fields ['problem']"),
+    ({"answer": "{problem} {memory} {section}"}, "filled is ['memory', 'problem']"),
+    ({"answer": "{problem} {memory} {memory}"}, "each of these once"),
+    ({"recall": "{memory} {Section}"}, "'recall' has the fields ['Section', 'memory']"),
+    ({"answer": "\\boxed{memory} {problem}"}, "'answer' has the fields ['problem']"),
+])  # fmt: skip
+def test_wordings_of_ones_own_have_the_names_and_the_fields_that_are_filled(
+    tokenizer, texts, words
+):
+    with pytest.raises(ValueError) as error:
+        Prompts(tokenizer, texts)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wording_of_ones_own_may_have_other_braces(tokenizer):
+    own = 'From {memory} answer {problem} as {"answer": ..} in \\boxed{answer}'
+    prompts, x = Prompts(tokenizer, {"answer": own}), prompts_of("x", tokenizer)
+    shown = tokenizer.decode(prompts.answer(memory=x, problem=x))
+    assert 'From x answer x as {"answer": ..} in \\boxed{answer}' in shown
+
+
+# ------------------------------------------------------------------------------- added words
+
+
+def test_added_words_are_text_in_documents_memories_and_answers(tokenizer):
+    """Whether they are 'special' or not, and were they the pad token."""
+    words = with_chat(tokenizer, "ChatML", words=["Rome", "New York"], special=["Oslo", "!"])
+    words.pad_token = "0"
+    prompts = Prompts(words)
+    text = "Rome, New York and Oslo in 1900!"
+    assert prompts.clean(text) == text
+    reader = Reader(prompts, [400], [prompts.encode(text)], 50, 50, key=(0,))
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    rollout.rollout([reader], says(*prompts.encode(text), end))
+    assert reader.memories[1] == prompts.encode(text)
+    assert reader.answer == text
+    assert text in words.decode(reader.turns[0].prompt_ids)
+
+
+# ------------------------------------------------------------------------------------ thoughts
+
+
+def read(prompts, *said):
+    """A Reader of one chunk to whose turns the model says these texts."""
+    reader = Reader(prompts, prompts.problem, [[410]], 99, 99, key=(0,))
+    ids = iter([prompts_of(text, prompts.tokenizer) for text in said])
+    rollout.rollout([reader], lambda *call: [Response(next(ids))])
+    return reader
+
+
+@pytest.mark.parametrize("chat, thought", [
+    ("ChatML", None),
+    ("DeepSeek R1", "<think>"),
+    ("harmony", "<|channel|>"),
+])  # fmt: skip
+def test_a_model_that_can_not_be_told_not_to_think_is_known(models, chat, thought):
+    assert models[chat].thinks == thought
+
+
+@pytest.mark.parametrize("chat, said, spoken", [
+    ("ChatML", "Rome", "Rome"),
+    ("ChatML", "<think>Is it Paris?</think>Rome", "Rome"),
+    ("ChatML", "<think>a</think>b<think>c</think>Rome", "Rome"),
+    ("ChatML", "<thinking>Paris</thinking>Rome", "Rome"),
+    ("ChatML", "[THINK]Paris[/THINK]Rome", "Rome"),
+    ("ChatML", "◁think▷Paris◁/think▷Rome", "Rome"),
+    ("DeepSeek R1", "Is it Paris?</think>Rome", "Rome"),
+    ("DeepSeek R1", "</think>Rome", "Rome"),
+    ("harmony", "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant"
+     "<|channel|>final<|message|>Rome<|return|>", "Rome"),
+    ("harmony", "<|channel|>commentary<|message|>Paris<|end|><|start|>assistant"
+     "<|channel|>final<|message|>Rome", "Rome"),
+    ("harmony", "<|channel|>final<|message|>Rome<|return|>", "Rome"),
+])  # fmt: skip
+def test_what_stands_before_the_end_of_a_thought_is_neither_memory_nor_answer(
+    models, chat, said, spoken
+):
+    prompts = models[chat]
+    reader = read(prompts, said, said.replace("Rome", "\\boxed{Rome}"))
+    assert prompts.tokenizer.decode(reader.memories[1]) == spoken
+    assert reader.answer == f"\\boxed{{{spoken}}}"
+
+    # all of it is trained
+    assert reader.turns[0].response_ids == prompts_of(said, prompts.tokenizer)
+
+
+@pytest.mark.parametrize("chat, said", [
+    ("ChatML", "<think>Is it \\boxed{Paris}?"),
+    ("ChatML", "<think>a</think>b<think>\\boxed{Paris}"),
+    ("DeepSeek R1", "Is it \\boxed{Paris}?"),
+    ("DeepSeek R1", ""),
+    ("harmony", "<|channel|>analysis<|message|>Is it \\boxed{Paris}?"),
+    ("harmony", "<|channel|>commentary<|message|>\\boxed{Paris}<|end|>"),
+])  # fmt: skip
+def test_a_thought_that_never_closes_leaves_the_old_memory_and_no_answer(models, chat, said):
+    reader = read(models[chat], said, said)
+    assert reader.memories == [models[chat].no_memory] * 2
+    assert reader.answer == ""
+    recaller = Recaller(models[chat], [300], [301], 9, key=(1,))
+    rollout.rollout([recaller], says(*prompts_of(said, models[chat].tokenizer)))
+    assert recaller.answer == ""
+
+
+def test_a_searchers_own_thoughts_stay_what_it_sees_of_its_last_turn(models):
+    prompts, said = models["ChatML"], "<think>so far</think><search>x</search>"
+    searcher = rollout.Searcher(prompts, [400], 2, 99, 99, key=(0,))
+    rollout.rollout([searcher], says(*prompts_of(said, prompts.tokenizer)), lambda queries: [[]])
+    assert said in prompts.tokenizer.decode(searcher.turns[1].prompt_ids)
 
 
 # ------------------------------------------------------------------------------- shared prefixes

@@ -507,6 +507,67 @@ def test_a_model_that_a_row_of_units_would_get_wrong_runs_its_turns_one_by_one(
     assert_close(policy(PROMPTS, RESPONSES, 0.5), plain_logps(plain, 0.5))
 
 
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+OPT = dict(ffn_dim=48, word_embed_proj_dim=32)
+
+
+@pytest.mark.parametrize("architecture, config, random", [
+    ("seed_oss", {}, dict(attention_dropout=0.5, residual_dropout=0.5)),
+    ("granite", {}, dict(attention_dropout=0.5)),
+    ("gpt2", GPT2, dict(embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)),
+    ("opt", OPT, dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.1)),
+    ("phi3", {}, dict(embd_pdrop=0.5, resid_pdrop=0.5, attention_dropout=0.5)),
+    ("stablelm", {}, dict(hidden_dropout=0.5, attention_dropout=0.5)),
+    ("gpt_neox", {}, dict(hidden_dropout=0.5, attention_dropout=0.5)),
+    ("mixtral", {}, dict(attention_dropout=0.5, router_jitter_noise=0.5)),
+])  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_scores_what_the_sampler_drew_from_whatever_is_random_in_train_mode(
+    architecture, config, random, checkpointing
+):
+    from rollout import Sampler
+
+    torch.manual_seed(0)
+    spoiled = tiny_model(architecture, **config, **random).train()
+    ids = torch.tensor([PROMPTS[0]])
+    assert not spoiled(ids).logits.equal(spoiled(ids).logits)  # else the test would say nothing
+
+    policy = Policy(tiny_model(architecture, **config, **random)).train()
+    if checkpointing:
+        policy.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    keys = [(i,) for i in range(len(PROMPTS))]
+    sampled = Sampler(policy.lm, [3], share=policy.shares)(PROMPTS, [8] * len(PROMPTS), keys)
+    responses = [response.ids for response in sampled]
+    trained = policy(PROMPTS, responses)
+    for one, other in zip(trained, policy.eval()(PROMPTS, responses), strict=True):
+        assert one.equal(other)
+    plain = tiny_model(architecture, **config)
+    for prompt, response, logps in zip(PROMPTS, sampled, trained):
+        assert response.logps == pytest.approx(logps.tolist(), abs=1e-4)
+        logits = plain(torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(response.ids)), response.ids]
+        torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture, shares", [
+    ("llama", True), ("olmo2", True), ("gemma", True), ("phi", True), ("starcoder2", True),
+    ("smollm3", True), ("persimmon", True), ("glm4", True), ("helium", True), ("apertus", True),
+    ("stablelm", False), ("nemotron", False), ("cohere2", False), ("gpt_neo", False),
+    ("bloom", False), ("mpt", False), ("gptj", False), ("codegen", False), ("mamba", False),
+    ("gemma3_text", False), ("gpt_oss", False), ("xglm", False),
+])  # fmt: skip
+def test_every_architecture_shares_or_is_known_not_to_and_is_exact(architecture, shares):
+    """StableLM and Nemotron raise where a row of units runs through them."""
+    sizes = {
+        "gptj": GPT2 | dict(rotary_dim=4), "codegen": GPT2 | dict(rotary_dim=4),
+        "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+        "mpt": dict(d_model=32, n_heads=4, n_layers=2), "bloom": dict(n_layer=2, n_head=4),
+    }.get(architecture, {})  # fmt: skip
+    policy = Policy(tiny_model(architecture, **sizes))
+    assert policy.shares == shares
+    assert_close(policy(PROMPTS, RESPONSES), plain_logps(tiny_model(architecture, **sizes)))
+
+
 def test_a_few_steps_on_advantages_make_the_rewarded_responses_likelier():
     policy = Policy(tiny_model())
     prompts, responses = [word(P)] * 4, list(map(word, ["AB", "CB", "DEB", "FB"]))

@@ -9,7 +9,7 @@ rest of the project this file is a few calls with plain names:
     values = all_gather(value)            the values of all ranks, in their order
     save_checkpoint(...), load_trainer(...)
 
-It imports none of its siblings: copy it as it is.
+It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transformers 5.17 to 5.23).
 """
 
 import contextlib
@@ -140,6 +140,7 @@ def shard(policy, device, master=True):
     policy: a module whose forward takes turns, with the transformers model as `.lm`.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     dtype = compute_dtype(device)
     if world_size() == 1 and dtype == torch.float32:
@@ -150,8 +151,9 @@ def shard(policy, device, master=True):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # layers receive what layers gave
     )
-    for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for layer in policy.lm.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # wherever a model keeps its layers
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     policy.to(device)  # buffers
     if master:
@@ -219,8 +221,10 @@ def kv_budget(lm, device, trained=True):
             "use more GPUs, or a smaller model"
         )
     config = lm.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = config.num_hidden_layers * config.num_key_value_heads * head  # numbers a token
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads  # older models: all of them
+    keys = config.num_hidden_layers * key_heads * head  # numbers a token
     return int(0.75 * free / (2 * width * keys))
 
 
@@ -247,14 +251,25 @@ def load_model(path, dtype):
     path = checkpoint_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized, and can't be trained: use the plain ones")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not tokenizer.is_fast:
+            raise ValueError("its tokenizer has no tokenizer.json, hence no offsets: convert it")
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its tokenizer knows no words: a file is missing")
         config.dtype = None  # "auto" would believe the config rather than the files
-        lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-        return lm, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers draws them at random
+            raise ValueError(f"it lacks weights: {', '.join(sorted(report['missing_keys']))[:200]}")
+        return lm, tokenizer
+    except Exception as error:  # a folder of somebody's: its files may lack or hold anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
-            f"--model {path}: not a folder with a checkpoint, nor a model that the Hub gives "
-            f"({reason})"
+            f"--model {path}: not a folder with a checkpoint that can be trained, nor a model that "
+            f"the Hub gives ({reason})"
         ) from None
 
 

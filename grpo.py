@@ -390,7 +390,8 @@ class Policy(nn.Module):
             keep = len(response)
             logits = self.lm(ids[:, :-1], use_cache=False, logits_to_keep=keep).logits[0]
             logps = (logits.float() / temperature).log_softmax(-1)
-            result.append(logps.gather(-1, ids[0, -keep:, None])[:, 0])
+            chosen = logps.gather(-1, ids[0, -keep:, None])[:, 0]
+            result.append(chosen.clone())  # FSDP2 takes no views from its root
         return result
 
     def _rows(self, prompts, responses, temperature):
@@ -431,7 +432,7 @@ class Policy(nn.Module):
         lengths = [len(responses[i]) for i in order]
         result = [None] * len(prompts)
         for i, values in zip(order, logps.split(lengths)):
-            result[i] = values.clone()  # FSDP2 takes no views from its root
+            result[i] = values.clone()
         return result
 
     def _token_logps(self, hidden, targets, temperature):

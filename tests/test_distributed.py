@@ -234,6 +234,154 @@ def test_tied_weights_are_saved_once_and_load_as_one(alone, tokenizer, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, policy.lm(ids).logits)
 
 
+# ------------------------------------------------------------------------------ other architectures
+
+
+def model_of(architecture):
+    """Also of those that keep their decoder layers elsewhere than in .model.layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if architecture != "gemma3":
+        sizes = {
+            "gpt2": dict(n_embd=32, n_layer=2, n_head=4),
+            "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+        }
+        return tiny_model(architecture, **sizes.get(architecture, {}))
+    text = tiny_model("gemma3_text").config.to_dict()
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    vision |= dict(num_attention_heads=4, image_size=28, patch_size=14)
+    ids = dict(image_token_index=63, boi_token_index=62, eoi_token_index=61)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids
+        ))  # fmt: skip
+
+
+# gemma3 with its 3 layers for images; each layer is a unit of its own, and the root
+UNITS = {"gemma3": 6, "gpt2": 3, "opt": 3, "stablelm": 3, "nemotron": 3, "biogpt": 3, "mixtral": 3}
+TWO = [[1, 2, 3], [1, 2, 4]], [[5, 6], [7]]
+
+
+def step_of(policy):
+    """The log-probs of TWO in train mode, and one optimizer step on them."""
+    optimizer = torch.optim.AdamW(policy.train().parameters(), lr=1e-3)
+    with distributed.gathered(policy):
+        logps = torch.cat(policy(*TWO))
+        (-logps.sum()).backward()
+    optimizer.step()
+    return logps.detach(), optimizer
+
+
+@pytest.mark.parametrize("architecture", UNITS)
+def test_decoder_layers_are_found_wherever_a_model_keeps_them(architecture, alone, monkeypatch):
+    from rollout import Sampler
+
+    policy = grpo.Policy(model_of(architecture))
+    with torch.no_grad():
+        expected = torch.cat(policy(*TWO))
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
+    policy = distributed.shard(policy, alone)
+    assert len(distributed._fsdp_units(policy)) == UNITS[architecture]
+    with torch.no_grad(), distributed.gathered(policy):
+        sampler = Sampler(policy.lm, [3], share=policy.shares)
+        sampled = sampler([[1, 2, 3]] * 2, [6] * 2, [(0,), (1,)])
+        trained = policy([[1, 2, 3]] * 2, [response.ids for response in sampled])
+    for response, logps in zip(sampled, trained):
+        assert response.logps == pytest.approx(logps.tolist(), abs=0.1)
+    logps, _ = step_of(policy)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=0.1)
+    with torch.no_grad():
+        assert torch.cat(policy(*TWO)).sum() > logps.sum()
+
+
+IMAGES = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import distributed, grpo
+from conftest import tiny_model
+from test_distributed import model_of, step_of
+
+device = distributed.start_ranks()
+policy = distributed.shard(grpo.Policy(model_of("gemma3")), device)
+logps, optimizer = step_of(policy)
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        pass
+distributed.save_checkpoint(".", 1, policy, optimizer, NoTokenizer())
+if distributed.rank() == 0:
+    torch.save(logps, "logps")
+distributed.leave()
+"""
+
+
+def test_a_model_that_reads_images_too_is_trained_and_saved_by_two_ranks_as_by_one(
+    alone, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    done = run([], tmp_path, IMAGES, ranks=2)
+    assert done.returncode == 0, done.stderr[-6000:]
+    policy = grpo.Policy(model_of("gemma3"))
+    logps, _ = step_of(policy)
+    torch.testing.assert_close(torch.load(tmp_path / "logps"), logps, rtol=1e-4, atol=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "step-000001")
+    assert type(saved) is type(policy.lm)
+    after, expected = grpo.Policy(saved)(*TWO), policy(*TWO)
+    torch.testing.assert_close(torch.cat(after), torch.cat(expected), rtol=1e-3, atol=1e-3)
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def without_tokenizer_files(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+SPOILED = {  # how a checkpoint's folder is spoiled, and what is said of it
+    "quantized": (
+        lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "gptq"}),
+        "quantized",
+    ),
+    "a tokenizer of bytes": (
+        lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer"),
+        "no tokenizer.json",
+    ),
+    "a tokenizer without its library": (
+        lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class="SiglipTokenizer"),
+        "SentencePiece",
+    ),
+    "no tokenizer": (without_tokenizer_files, "tokenizer"),
+    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "Expecting"),
+    "weights cut short": (
+        lambda folder: os.truncate(folder / "model.safetensors", 9999),
+        "deserializing",
+    ),
+    "other sizes": (lambda folder: edit(folder / "config.json", hidden_size=96), "mismatched"),
+    "sizes that are none": (lambda folder: edit(folder / "config.json", hidden_size="a"), "hidden_size"),
+    "missing weights": (
+        lambda folder: edit(folder / "config.json", tie_word_embeddings=False),
+        "lacks weights: lm_head.weight",
+    ),
+    "another kind of model": (lambda folder: edit(folder / "config.json", model_type="t5"), "T5Config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_checkpoint_that_can_not_be_trained_is_refused_in_one_line(how, pocket_model, tmp_path):
+    folder, (spoil, words) = tmp_path / "model", SPOILED[how]
+    shutil.copytree(pocket_model, folder)
+    if how.startswith("a tokenizer"):
+        (folder / "tokenizer.json").unlink()
+    spoil(folder)
+    with pytest.raises(OSError, match=words) as error:
+        distributed.load_model(str(folder), torch.float32)
+    assert str(error.value).startswith(f"--model {folder}: ") and "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------ runs that are killed, and go on
 
 
@@ -492,3 +640,12 @@ def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(al
     with pytest.raises(MemoryError, match="leaves no memory for a rollout"):
         distributed.kv_budget(lm, device)
     assert distributed.kv_budget(lm, torch.device("cpu")) == 131072
+
+
+def test_the_kv_budget_of_an_older_model_counts_all_its_heads(alone, monkeypatch):
+    lm = model_of("gpt2")
+    del lm.config.num_key_value_heads  # its config knows but heads: four of 8
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters + 256_000, 0))
+    assert distributed.kv_budget(lm, torch.device("cuda")) == 750

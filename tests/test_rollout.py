@@ -839,6 +839,48 @@ def test_training_mode_and_checkpointing_do_not_spoil_generation_and_come_back(e
     assert model.generation_config is config
 
 
+# ------------------------------------------------------------ sampler: the model's own context
+
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+
+
+@pytest.mark.parametrize("rope, context", [
+    (dict(rope_type="default"), 512),
+    (dict(rope_type="linear", factor=8.0), 512),  # what the window holds already
+    (LONGROPE | dict(original_max_position_embeddings=64), 64),
+    (dict(rope_type="dynamic", factor=4.0), 512),
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512), 2048),
+    (dict(rope_type="yarn", factor=4.0), 2048),
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128), 512),
+])  # fmt: skip
+def test_a_models_context_is_where_its_rope_does_not_depend_on_the_length(rope, context):
+    model = tiny_model("llama", rope_parameters=rope | dict(rope_theta=10000.0))
+    assert rollout.context_of(model) == context
+
+
+def test_a_models_context_may_have_other_names_or_no_end():
+    assert rollout.context_of(tiny_model("gpt2")) == 512  # n_positions there
+    assert rollout.context_of(tiny_model("gemma3_text")) == 512
+    assert rollout.context_of(tiny_model("mamba")) > 10**6
+
+
+@pytest.mark.parametrize("rope, context", [
+    (LONGROPE | dict(original_max_position_embeddings=40), 40),
+    (dict(rope_type="dynamic", factor=4.0), 40),
+])  # fmt: skip
+def test_within_it_rollout_and_training_agree_and_beyond_it_the_sampler_refuses(rope, context):
+    rope |= dict(rope_theta=10000.0)
+    sizes = dict(max_position_embeddings=512 if "short_factor" in rope else context)
+    policy = grpo.Policy(tiny_model("llama", rope_parameters=rope, **sizes))
+    prompts, limits = [P * 4, P, P * 4], [context - 32, 5, context - 32]
+    responses = sample(policy.lm, prompts, limits, ends=[])
+    for prompt, response in zip(prompts, responses):  # alone, in rows of other lengths
+        trained = policy([prompt], [response.ids])[0]
+        assert response.logps == pytest.approx(trained.tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match=f"are {context + 1} tokens, the model's context {context}"):
+        sample(policy.lm, prompts, [context - 31, 5, 5])
+
+
 # --------------------------------------------------------------------- sampler: sampled responses
 
 

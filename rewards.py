@@ -1,67 +1,81 @@
 """Answers and rewards: what counts as right, and what a trajectory earns for it.
 
-Every function is total (any string goes in, nothing raises), linear in the length of its input and
-needs the standard library alone: copy this file as it is.
+Every function is total (any string goes in, nothing raises) and needs the standard library alone:
+copy this file as it is.
 
-    python rewards.py            runs the examples below and prints a few rewards
+    python rewards.py            checks the examples below and prints a few rewards
 
-Differences from the neighbours:
-  1. A gold or an answer that normalises to nothing is compared as it stands. Under the plain
-     SQuAD rule "" would equal "the", and in MemAgent's two-directional match an empty answer
-     would be inside every gold.
-  2. No format reward anywhere: MEM1's was reported to hurt.
+Differences from SQuAD's script:
+  1. Answers and golds are compared in NFC, with typographic quotes and dashes as ASCII.
+  2. One that normalises to nothing is compared as it stands. Elsewise "" would equal "the", and in
+     MemAgent's two-directional match an empty answer would be inside every gold.
+  3. F1 takes HotpotQA's rule for yes and no.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ASCII = str.maketrans(
+    dict.fromkeys("‘’‚‛′‹›", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
+)
+_FONT = re.compile(r"\s*\\(text(bf|it|rm|sf|tt|normal)?|math(bf|it|rm|sf|tt)|mbox|emph)\s*\{")
 
 
 def extract_boxed(text):
-    r"""The inside of the last balanced \boxed{...}, its own braces kept, blanks stripped, or None.
+    r"""The inside of the last balanced \boxed{...}, less blanks and fonts around all of it, or None.
 
     >>> extract_boxed(r"first \boxed{Rome}, then \boxed{ the {Eternal} City }.")
     'the {Eternal} City'
     >>> extract_boxed(r"\boxed{Rome} and \boxed{never closed") # the last balanced one
     'Rome'
+    >>> extract_boxed(r"\boxed{\text{Peta Holt}}"), extract_boxed(r"\boxed{\text{a} or \text{b}}")
+    ('Peta Holt', '\\text{a} or \\text{b}')
     >>> extract_boxed("Rome") is None
     True
     """
-    # One pass: every "{" is pushed with the place where its box starts (None for a plain brace),
-    # every "}" pops one. Of boxes inside boxes the outermost counts, as it closes last.
-    answer, stack = None, []
+    # one pass; of boxes inside boxes the outermost counts, as it closes last
+    box, stack, ends = None, [], {}  # ends: where a brace opens -> where it closes
     for token in re.finditer(r"\\boxed\s*\{|[{}]", text):
-        if token.group() == "{":
-            stack.append(None)
-        elif token.group() != "}":
-            stack.append(token.end())
+        if token.group() != "}":
+            stack.append(token)
         elif stack:
-            start = stack.pop()
-            if start is not None:
-                answer = text[start : token.start()].strip()
-    return answer
+            opened = stack.pop()
+            ends[opened.end()] = token.start()
+            box = box if opened.group() == "{" else opened
+    if box is None:
+        return None
+    start, end = box.end(), ends[box.end()]
+    while font := _FONT.match(text, start, end):
+        inner_end = ends[font.end()]
+        if text[inner_end + 1 : end].strip():
+            break
+        start, end = font.end(), inner_end
+    return text[start:end].strip()
+
+
+def _plain(text):
+    """Lower case in NFC, typographic quotes and dashes as ASCII."""
+    lower = unicodedata.normalize("NFC", text).lower()  # NFC first: lower() tells them apart
+    return unicodedata.normalize("NFC", lower).translate(_ASCII)
 
 
 def normalize_answer(text):
     """SQuAD's normal form: lower case, no punctuation, no articles, single blanks.
 
-    >>> normalize_answer("The  Beatles' (first) album!")
-    'beatles first album'
+    >>> normalize_answer("The  Beatles' (first) album!"), normalize_answer("Beatles’ first–album")
+    ('beatles first album', 'beatles firstalbum')
     """
-    text = text.lower().translate(_PUNCTUATION)
+    text = _plain(text).translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def _comparable(text):
-    """The normal form, or the bare text where nothing would be left of it ('The The', '!!!').
-
-    >>> _comparable("The The"), _comparable(" !!! ")
-    ('the the', '!!!')
-    """
-    return normalize_answer(text) or " ".join(text.lower().split())
+    """The normal form, or the text itself where nothing would be left of it ('The The', '!!!')."""
+    return normalize_answer(text) or " ".join(_plain(text).split())
 
 
 def _best(score, prediction, golds):
@@ -95,9 +109,7 @@ def sub_exact_match(prediction, golds):
 
 
 def memagent_sub_em(prediction, golds):
-    """MemAgent's sub_em, two-directional and by characters: gold in answer, or answer in gold.
-
-    For its tables only.
+    """MemAgent's sub_em, for its tables: by characters, gold in answer or answer in gold.
 
     >>> memagent_sub_em("Rome", ["Rome, Italy"]), memagent_sub_em("", ["Rome"])
     (1.0, 0.0)
@@ -135,10 +147,8 @@ def split_answers(text, n):
 
 
 def answer_reward(answer, golds):
-    """What an answer earns, in all tasks: R_I of a recall (eq. 1), the first part of R_E (eq. 2), a
-    question's reward in post-training.
-
-    Another reward goes here, and here only: what is reported stays exact match.
+    """What an answer earns in all tasks: R_I of a recall (eq. 1), EM in R_E (eq. 2), a question's
+    reward. Another reward goes here, and here only: what is reported stays exact match.
 
     >>> answer_reward("the Nile", ["Nile"]), answer_reward(None, ["Nile"])
     (1.0, 0.0)
@@ -163,9 +173,8 @@ def end_to_end_reward(correct, recall_rewards, weight=0.5, objective="full"):
 if __name__ == "__main__":
     import doctest
 
-    print("doctests:", doctest.testmod())
-    for text in [r"It is \boxed{Marie Curie}.", "no box", r"\boxed{the \{Curie\} family}"]:
+    assert not doctest.testmod().failed
+    for text in [r"It is \boxed{\text{Marie Curie}}.", "no box", r"\boxed{the {Curie} family}"]:
         answer = extract_boxed(text)
         print(f"{text!r}: answer {answer!r}, EM {exact_match(answer, ['Marie Curie'])}")
-    reward = end_to_end_reward(1.0, [1.0] * 6 + [0.0] * 2)
-    print("R_E of a right answer whose memory passed 6 of 8 recalls:", reward)
+    print("R_E, right and 6 of 8 recalls:", end_to_end_reward(1.0, [1.0] * 6 + [0.0] * 2))

@@ -4,6 +4,7 @@ import doctest
 import re
 import string
 import time
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -36,7 +37,17 @@ def test_the_examples_in_the_docstrings_hold():
 @pytest.mark.parametrize("text, answer", [
     (r"\boxed{a}", "a"),
     (r"so \boxed{a}, no: \boxed{b}.", "b"),
-    (r"\boxed{\text{Paris}}", r"\text{Paris}"),
+    (r"\boxed{\text{Peta Holt}}", "Peta Holt"),
+    (r"\boxed{ \textbf { Peta Holt } }", "Peta Holt"),
+    (r"\boxed{\mathrm{\mbox{Peta} Holt}}", r"\mbox{Peta} Holt"),
+    (r"\boxed{\mathbf{\text{Peta {Holt}}}}", "Peta {Holt}"),
+    (r"\boxed{\text{Peta} \text{Holt}}", r"\text{Peta} \text{Holt}"),
+    (r"\boxed{\text{Peta} Holt}", r"\text{Peta} Holt"),
+    (r"\boxed{the \text{Holt}}", r"the \text{Holt}"),
+    (r"\boxed{\{Holt\}}", r"\{Holt\}"),
+    (r"\boxed{\text{}}", ""),
+    (r"\boxed{\textcolor{red}{Holt}}", r"\textcolor{red}{Holt}"),
+    (r"\boxed{\text{\boxed{Rome}}}", r"\boxed{Rome}"),
     (r"\boxed{{{a}{b}}}", "{{a}{b}}"),
     (r"\boxed {a}", "a"),
     (r"\boxed{outer \boxed{inner}}", r"outer \boxed{inner}"),
@@ -72,7 +83,25 @@ def test_boxes_are_read_like_a_slow_search_over_all_pairs_of_braces_reads_them(t
     assert extract_boxed(text) == (max(boxes)[1].strip() if boxes else None)
 
 
+FONTS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox"]
+
+
+@given(st.text("ab \n;é", max_size=6), st.lists(st.sampled_from(FONTS), max_size=4), st.sampled_from(["", " ", "\n"]))
+def test_an_answer_is_the_same_whatever_font_all_of_it_is_set_in(answer, fonts, blank):
+    shown = answer
+    for font in fonts:
+        shown = f"{blank}\\{font}{{{shown}}}{blank}"
+    assert extract_boxed(f"It is \\boxed{{{shown}}}.") == answer.strip()
+
+
 BRACES = ["{", "}", "{}", r"\boxed{", r"\boxed", r"\boxed ", r"\boxed{}", "\\"]
+
+
+@pytest.mark.parametrize("levels", ["\\boxed{", "\\text{", "{"])
+def test_a_hundred_thousand_levels_of_braces_take_linear_time(levels):
+    started = time.perf_counter()
+    assert extract_boxed("\\boxed{" + levels * 100_000 + "x" + "}" * 100_001)
+    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("piece", [*BRACES, " ", "a ", "a;", "the "])
@@ -106,6 +135,34 @@ def test_blanks_after_boxed_are_read_once():
 ])  # fmt: skip
 def test_answers_are_normalised_by_squads_rules(text, normal):
     assert normalize_answer(text) == normal
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("answer, gold", [
+    ("Zoe\u0308 Saldan\u0303a", "Zoë Saldaña"),  # NFD
+    ("O’Brien", "O'Brien"),
+    ("“Heroes”", '"Heroes"'),
+    ("1939–1945", "1939-1945"),
+    ("Jean‑Luc", "Jean-Luc"),
+    ("—", "-"),  # nothing else is left to compare
+    ("ZOE\u0308", "zoë"),
+    ("J\u030cn", "ǰn"),  # a capital that has no NFC form
+])  # fmt: skip
+def test_what_is_written_in_another_way_is_the_same_answer(score, answer, gold):
+    assert score(answer, [gold]) == score(gold, [answer]) == 1
+
+
+@given(st.text())
+def test_a_gold_is_met_by_its_copy_in_any_normal_form_and_in_any_quotes(text):
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, text).translate(str.maketrans("'\"-", "’”–"))
+        assert normalize_answer(other) == normalize_answer(text)
+        assert exact_match(other, [text]) == float(bool(text.strip()))
+
+
+@given(st.text(string.printable))
+def test_ascii_is_normalised_as_squads_script_does(text):
+    assert normalize_answer(text) == squad_normal(text)
 
 
 def squad_normal(text):  # SQuAD's evaluate-v1.1.py, step by step

@@ -38,9 +38,6 @@ def start_ranks():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        # On H100 and later, torch 2.13 tries cuDNN's attention first: it plans anew for every key
-        # length (20 to 40 ms a decoded token) and gives NaN gradients for some masked lengths.
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
     # torchrun starts its ranks again on the same store, where the addresses of dead ones stand
     store, rank, world = dist.HashStore(), 0, 1
@@ -53,7 +50,7 @@ def start_ranks():
         store=store,
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(hours=2),  # ranks finish their rollouts at different times
+        timeout=datetime.timedelta(days=7),  # ranks wait for the longest rollout or evaluation
     )
     return device
 

@@ -244,6 +244,8 @@ def shared_prefix_attention(
     units: list of `Unit`, in the order of the row. Without it (generation, plain scoring) this is
     transformers' own scaled dot-product attention, mask and all.
     """
+    if units is None and query.shape[2] == 1 and attention_mask is not None:
+        return decoding_attention(query, key, value, attention_mask, scaling), None
     if units is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -275,6 +277,19 @@ def shared_prefix_attention(
                 v = torch.cat([prefix_v, v], 2)
             outputs.append(attend(q, k, v, mask))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def decoding_attention(query, key, value, mask, scaling):
+    """A new token a row: query (B, H, 1, D), keys of all columns (B, H or fewer, N, D)
+    -> (B, 1, H, D).
+
+    Heads that share a key become its queries: to repeat keys for every head, as transformers does
+    where a mask is given, would copy the whole cache for every token.
+    """
+    batch, heads, _, size = query.shape
+    query = query.reshape(batch, key.shape[1], -1, size)
+    output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return output.reshape(batch, 1, heads, size)
 
 
 # ---------------------------------------------------------------------------------------- policy
@@ -338,6 +353,9 @@ class Policy(nn.Module):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
+        # On H100 and later, torch 2.13 tries cuDNN's attention first: it plans anew for every key
+        # length (20 to 40 ms a decoded token) and gives NaN gradients for some masked lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Without a mask function of the same name, `generate` would ignore left padding.
         AttentionInterface.register(ATTENTION, shared_prefix_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)

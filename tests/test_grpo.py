@@ -10,6 +10,8 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 import grpo
 from grpo import Policy, Unit, group_advantages, pack, policy_loss, shared_prefixes, token_weights
@@ -622,3 +624,49 @@ def test_a_bf16_models_sampled_and_trained_log_probs_are_those_of_fp32_logits():
     for response, logps in zip(sampled, trained):
         gap = (torch.tensor(response.logps) - logps).abs().max()
         assert 0 < gap < 0.2 and logps.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor holds that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return result
+
+
+@torch.no_grad()
+def test_a_decoding_step_copies_no_cache_and_equals_the_whole_forward():
+    """Keys of fewer heads than queries, rows of different lengths in a cache of fixed size."""
+    policy = Policy(tiny_model())
+    assert policy.shares
+    lm, generator = policy.lm, torch.Generator().manual_seed(0)
+    ids = torch.randint(64, (3, 41), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = mask[1, :30] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = StaticCache(config=lm.config, max_cache_len=64)
+    lm(
+        ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=cache,
+    )
+    with Largest() as largest:
+        step = lm(
+            ids[:, -1:],
+            attention_mask=mask,
+            position_ids=positions[:, -1:],
+            past_key_values=cache,
+        )
+    assert largest.numbers == cache.layers[0].keys.numel()  # what the cache gives out
+    for row in range(3):
+        alone = lm(ids[row : row + 1, mask[row].bool()]).logits[0, -1]
+        torch.testing.assert_close(step.logits[row, -1], alone, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,7 @@
 """Agents with a bounded memory, and the sampler that keeps all of them going in lock step.
 
-An agent is a small object that asks for text and takes it: see `Agent`, which states the whole
-contract. A sampler is any callable (prompts, limits, keys) -> list of `Response`: `Sampler` is the
-language model behind Hugging Face `generate`; a scripted one serves tests and demonstrations.
+An `Agent` asks for text and takes it. A sampler is any callable (prompts, limits, keys) -> list of
+`Response`: `Sampler` is a language model behind Hugging Face `generate`; tests have scripted ones.
 `rollout` joins the two and records every turn, so that training sees exactly the ids that were
 sampled. Nothing is ever decoded and encoded again.
 
@@ -17,15 +16,15 @@ Differences from the papers:
   2. `chunk_first` puts the section before the memory, so that all trajectories of a document share
      its keys and values.
   3. A token is drawn at a uniform number that is a function of (seed, step, document, trajectory,
-     turn, position). The noise does not depend on how rows were batched, cut into segments or
-     divided over ranks, so that a rollout does not either, up to rounding; and there is no random
-     state to save.
+     turn, position). A rollout does not depend on how rows were batched, cut into segments or
+     divided over ranks, up to rounding, and there is no random state to save.
 
 Letters in shapes: B rows, N columns, V vocabulary.
 """
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import re
 from os.path import commonprefix  # of lists as well
@@ -33,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # -------------------------------------------------------------------------------------- prompts
 
@@ -52,7 +52,6 @@ THOUGHTS = {  # how models open a thought, and what ends it
     "<|channel|>": FINAL,
 }
 NO_MEMORY = "No previous memory"
-PAD = 0  # any id: padding is masked wherever it stands
 PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
 
 PROBLEM = (
@@ -91,6 +90,7 @@ answers in the order of the questions, joined by semicolons and as short as poss
 """
 CLOSED_BOOK = "Solve the problem, and put nothing but the final answer into \\boxed{}.\n"
 YOUR_ANSWER = "\nYour answer:\n"
+TURNS_LEFT = "\n{turns} turns left; the last one must answer.\n"
 
 TEMPLATES = {
     "update": UPDATE + PROBLEM_BLOCK + MEMORY_BLOCK + SECTION_BLOCK + "\nUpdated memory:\n",
@@ -98,17 +98,16 @@ TEMPLATES = {
     "recall": RECALL + MEMORY_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
     "whole": WHOLE + PROBLEM_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
     "closed_book": CLOSED_BOOK + PROBLEM_BLOCK + YOUR_ANSWER,
-    "search": SEARCH
-    + PROBLEM_BLOCK
-    + "\n{previous}\n\n{turns} turns left; the last one must answer.\n",
+    "search": SEARCH + PROBLEM_BLOCK + "\n{previous}\n" + TURNS_LEFT,
 }
 
 
 def structure_of(tokenizer):
-    """The spellings that must not be forged: our tags, and added tokens that look like structure
-    (`<|im_end|>`, `[INST]`, `</think>`). An added word ("Rome") or a pad token "0" is text."""
+    """The spellings that must not be forged: tags of ours, of thoughts, and added tokens that look
+    like structure (`<|im_end|>`, `[INST]`). An added word ("Rome") or a pad token "0" is text."""
     tokens = [*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())]
     spellings = {token for token in tokens if STRUCTURE.search(token)}
+    spellings.update(THOUGHTS, THOUGHTS.values())
     for tag in TAGS:
         spellings |= {f"<{tag}>", f"</{tag}>"}
     return spellings - {"[MASK]", "[TARGET]"}
@@ -128,15 +127,9 @@ def cleaner(tokenizer):
     'a‹|im_end|> <b> ‹/memory> [MASK] 100'
     """
     # the first character of each, where the rest follows
-    patterns = ["[\ud800-\udfff]"]
-    for token in sorted(structure_of(tokenizer)):
-        patterns.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
-    forged = re.compile("|".join(patterns))
-
-    def look_alike(match):
-        return "\ufffd" if "\ud800" <= match.group() <= "\udfff" else "‹"
-
-    return lambda text: forged.sub(look_alike, text)
+    spellings = sorted(structure_of(tokenizer))
+    forged = re.compile("|".join(f"{re.escape(x[0])}(?={re.escape(x[1:])})" for x in spellings))
+    return lambda text: re.sub("[\ud800-\udfff]", "\ufffd", forged.sub("‹", text))
 
 
 def around(tokenizer, text, reply=None):
@@ -172,18 +165,16 @@ def check_texts(texts):
             raise ValueError(f"there is no template {name!r}: known are {', '.join(TEMPLATES)}")
         found, filled = sorted(FIELD.findall(text)), sorted(FIELD.findall(TEMPLATES[name]))
         if found != filled:
-            raise ValueError(
-                f"template {name!r} has the fields {found}, but what is filled is {filled}: "
-                "name each of these once, in braces, and no others"
-            )
+            known = f"what is filled is {filled}: name each of these once, and no others"
+            raise ValueError(f"template {name!r} has the fields {found}, but {known}")
 
 
 class Template:
     """A one-message conversation with fields: `template(memory=ids, section=ids)` -> token ids.
 
-    The text goes through the tokenizer's chat template once, is cut at its fields, and the literal
-    pieces are tokenised once; what fills the fields is spliced in as ids. `len()` counts the
-    literal ids. A field is a word in braces; behind a letter braces are text (`\\boxed{answer}`).
+    The text goes through the chat template once; what stands between its fields is tokenised once,
+    and what fills them is spliced in as ids. `len()` counts the ids without fields. A field is a
+    word in braces; behind a letter braces are text (`\\boxed{answer}`).
     """
 
     def __init__(self, tokenizer, text):
@@ -198,7 +189,7 @@ class Template:
         literals = pieces[0::2]
         literals[0] = before + literals[0].lstrip()
         literals[-1] = literals[-1].rstrip() + after
-        self.literals = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in literals]
+        self.literals = tokenizer(literals, add_special_tokens=False)["input_ids"]
 
     def __call__(self, **fields):
         ids = list(self.literals[0])
@@ -214,10 +205,10 @@ class Template:
 class Prompts:
     """All that stands between text and token ids, for one tokenizer.
 
-    Every name of TEMPLATES is a `Template` here: prompts.update, prompts.answer, ..; `texts` gives
-    other wordings, with the same fields. problem: ids of MemTrain's fixed question; clean: see
-    `cleaner`; order: "memory_first" (the papers') or "chunk_first".
-    ends: ids that end a response. thinks: how the thought begins that every prompt opens, or None.
+    A `Template` for every name of TEMPLATES: prompts.update, prompts.answer, ..; `texts` gives
+    other wordings. order: "memory_first" (the papers') or "chunk_first". problem: ids of MemTrain's
+    fixed question. ends: ids that end a response. thinks: how the thought begins that every prompt
+    opens, or None.
     """
 
     def __init__(self, tokenizer, texts=None, problem=PROBLEM, order="memory_first"):
@@ -225,10 +216,7 @@ class Prompts:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token")
         if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: use an instruction-tuned model, "
-                "or set tokenizer.chat_template"
-            )
+            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.clean = cleaner(tokenizer)
         swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
@@ -238,22 +226,20 @@ class Prompts:
             setattr(self, name, Template(tokenizer, text))
         self.problem = self.encode(problem)
         self.no_memory = self.encode(NO_MEMORY)
-        self.information = []  # what stands before and after search results
-        for tag in ("\n<information>\n", "\n</information>"):
-            self.information.append(tokenizer(tag, add_special_tokens=False)["input_ids"])
+        around_results = ["\n<information>\n", "\n</information>"]
+        self.information = tokenizer(around_results, add_special_tokens=False)["input_ids"]
 
         # a response ends as the chat template ends what an assistant says
         opened, said, end = around(tokenizer, "(question)")[1].rstrip(), "", ""
         with contextlib.suppress(ValueError):  # a template may show no assistant's message
             said, _, end = around(tokenizer, "(question)", "(reply)")[1].partition("(reply)")
-        self.ends, self.special_ids = {tokenizer.eos_token_id}, {tokenizer.eos_token_id}
-        structure = structure_of(tokenizer)
-        for token_id, token in tokenizer.added_tokens_decoder.items():
-            if str(token) in structure and end.lstrip().startswith(str(token)):
-                self.ends.add(token_id)
-            # what is no text of a response; all_special_ids lacks special tokens without a role
-            if str(token) in structure and (token.special or token_id in self.ends):
-                self.special_ids.add(token_id)
+        structure, added = structure_of(tokenizer), tokenizer.added_tokens_decoder.items()
+        tokens = {token_id: token for token_id, token in added if str(token) in structure}
+        ends = [i for i, token in tokens.items() if end.lstrip().startswith(str(token))]
+        self.ends = {tokenizer.eos_token_id, *ends}
+
+        # what is no text of a response; all_special_ids lacks special tokens without a role
+        self.special_ids = self.ends | {i for i, token in tokens.items() if token.special}
 
         self.thinks = "<|channel|>" if said.endswith(FINAL) else None
         for start in THOUGHTS:
@@ -291,11 +277,8 @@ class Prompts:
 
     def shortest(self, ids, holds):
         """How many ids it takes until their text `holds`, which more ids never undo."""
-
-        def held(length):
-            return holds(self.tokenizer.decode(ids[:length]))
-
-        return bisect.bisect_left(range(len(ids)), True, key=held)
+        lengths, decode = range(len(ids)), self.tokenizer.decode
+        return bisect.bisect_left(lengths, True, key=lambda length: holds(decode(ids[:length])))
 
 
 # --------------------------------------------------------------------------------------- agents
@@ -530,15 +513,8 @@ class Draw:
 
 
 def shared_prefixes(prompts):
-    """Groups prompts that begin alike: list of (prefix length, indices).
-
-    Neighbours in sorted order join where they share at least half of a prompt, and where that
-    leaves fewer tokens to run. Every prompt keeps at least one token of its own. (grpo.py and
-    rollout.py have the same function, so that either file can be copied alone.)
-
-    >>> shared_prefixes([[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [1, 2, 3, 4]])
-    [(3, [0, 3, 2]), (1, [1])]
-    """
+    """Groups prompts that begin alike: list of (prefix length, indices). The same as in grpo.py,
+    where it is explained, so that either file can be copied alone."""
     groups = []
     for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
         prompt = prompts[i]
@@ -604,20 +580,20 @@ class Sampler:
     def __call__(self, prompts, limits, keys):
         from transformers import GenerationConfig
 
-        longest = max(map(sum, zip(map(len, prompts), limits)), default=0)
+        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         if longest > self.context:
             raise ValueError(
                 f"a prompt and its limit are {longest} tokens, the model's context {self.context}"
             )
 
-        # eval(): checkpointing and dropout spoil generation. The settings are the model's own
-        # ones for now: what a config passed to `generate` leaves unset (top_k, repetition_penalty)
-        # would be filled from those that came with the checkpoint.
+        # eval(): checkpointing spoils generation. The settings are the model's own ones for now:
+        # what a config passed to `generate` leaves unset (top_k, repetition_penalty) would be
+        # filled from those that came with the checkpoint.
         model, responses = self.model, [None] * len(prompts)
         shipped, training = model.generation_config, model.training
         model.generation_config = GenerationConfig(
             eos_token_id=self.end_ids,
-            pad_token_id=PAD,
+            pad_token_id=0,  # any id: padding is masked wherever it stands
             # on CUDA a StaticCache would let `generate` compile by itself, into CUDA graphs, which
             # remember where weights lie: sharded ones are gathered somewhere else in every step
             disable_compile=True,
@@ -625,9 +601,7 @@ class Sampler:
         model.eval()
         try:
             for batch in self._batches(prompts, limits):
-                rows = [i for _, members in batch for i in members]
-                noise = [uniform_noise((self.seed, *keys[i]), limits[i]) for i in rows]
-                for i, response in self._sample(batch, rows, prompts, limits, noise):
+                for i, response in self._sample(batch, prompts, limits, keys):
                     responses[i] = response
         finally:
             model.generation_config = shipped
@@ -635,44 +609,39 @@ class Sampler:
         return responses
 
     def _batches(self, prompts, limits):
-        """Lists of groups (prefix length, rows), longest first. What a batch puts into the cache,
-        rows * columns, stays within kv_tokens; one row always fits."""
+        """Lists of rows (prefix length, index of the prompt), longest first. What a batch puts into
+        the cache, rows * columns, stays within kv_tokens; one row always fits."""
+        groups = [(0, [i]) for i in range(len(prompts))]
         if self.share:
             groups = shared_prefixes(prompts)
-        else:
-            groups = [(0, [i]) for i in range(len(prompts))]
         groups.sort(key=lambda group: -len(prompts[group[1][0]]) - limits[group[1][0]])
-        batch, rows, widths = [], 0, (0, 0, 0)
+        batch, widths = [], (0, 0, 0)
         for prefix, members in groups:
-            for place, i in enumerate(members):
+            for i in members:
                 # columns of the batch: the longest prefix, the longest rest, the highest limit
                 own = (prefix, len(prompts[i]) - prefix, limits[i])
-                wider = tuple(map(max, widths, own))
-                if batch and (rows + 1) * sum(wider) > self.kv_tokens:
+                widths = tuple(map(max, widths, own))
+                if batch and (len(batch) + 1) * sum(widths) > self.kv_tokens:
                     yield batch
-                    batch, rows, wider = [], 0, own
-                if place == 0 or not batch:
-                    batch.append((prefix, []))
-                batch[-1][1].append(i)
-                rows, widths = rows + 1, wider
+                    batch, widths = [], own
+                batch.append((prefix, i))
         if batch:
             yield batch
 
-    def _read(self, batch, rows, prompts, new_tokens):
+    def _read(self, batch, prompts, new_tokens):
         """-> ids (B, N), mask (B, N), and a cache that holds the prefixes, with room for the rest.
 
         Columns are [pad | common prefix][pad | the row's own rest][new tokens]."""
         from transformers import DynamicCache, StaticCache
 
-        device = self.model.device
-        prefixes = [prompts[members[0]][:length] for length, members in batch]
-        rests, group = [], []
-        for number, (length, members) in enumerate(batch):
-            rests += [prompts[i][length:] for i in members]
-            group += [number] * len(members)
-        group = torch.tensor(group, device=device)  # (B,) of a row, its prefix
-        prefix_ids, prefix_mask = pad_left(prefixes, device)
-        rest_ids, rest_mask = pad_left(rests, device)
+        prefixes, group = [], []  # group (B,): of a row, its prefix
+        for length, i in batch:
+            if prompts[i][:length] not in prefixes[-1:]:
+                prefixes.append(prompts[i][:length])
+            group.append(len(prefixes) - 1)
+        prefix_ids, prefix_mask = pad_left(prefixes, self.model.device)
+        rests = [prompts[i][length:] for length, i in batch]
+        rest_ids, rest_mask = pad_left(rests, self.model.device)
         ids = torch.cat([prefix_ids[group], rest_ids], 1)
         mask = torch.cat([prefix_mask[group], rest_mask], 1)
         if not self.share:
@@ -693,31 +662,28 @@ class Sampler:
 
     def _generate(self, ids, mask, cache, new_tokens, processors=(), **settings):
         """`generate` -> ids with the new ones."""
-        from transformers import LogitsProcessorList
-
         return self.model.generate(
             ids,
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=list(processors),
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
             **settings,
         )
 
-    def _sample(self, batch, rows, prompts, limits, noise):
-        """Yields (row, Response) as the rows of a batch finish."""
+    def _sample(self, batch, prompts, limits, keys):
+        """Yields (index of the prompt, Response) as the rows of a batch finish."""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         # noise (B, most new tokens), temperature and top_p
+        rows = [i for _, i in batch]
         most = max(limits[i] for i in rows)
-        ids, mask, cache = self._read(batch, rows, prompts, most)
+        ids, mask, cache = self._read(batch, prompts, most)
         uniform, warpers = None, []
         if self.temperature:
-            padded = np.zeros((len(rows), most))
-            for row, numbers in enumerate(noise):
-                padded[row, : len(numbers)] = numbers
-            uniform = torch.from_numpy(padded).to(ids.device)
+            noise = [uniform_noise((self.seed, *keys[i]), most) for i in rows]
+            uniform = torch.from_numpy(np.stack(noise)).to(ids.device)
         if self.temperature not in (0, 1):
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.temperature and self.top_p < 1:
@@ -737,12 +703,12 @@ class Sampler:
             # hand out what is complete
             unfinished = []
             for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
-                response = self._response(new, limits[i])
-                if response is None:
-                    unfinished.append(row)
+                new = new[: limits[i]]
+                length, ended = self._complete(new)
+                if ended or len(new) == limits[i]:
+                    yield i, Response(new[:length], not ended, logps[row, :length].tolist())
                 else:
-                    response_logps = logps[row, : len(response.ids)].tolist()
-                    yield i, response._replace(logps=response_logps)
+                    unfinished.append(row)
 
             # the others continue alone
             if len(unfinished) < len(rows):
@@ -753,26 +719,19 @@ class Sampler:
                 uniform = None if uniform is None else uniform[keep]
                 rows = [rows[row] for row in unfinished]
 
-    def _response(self, new, limit):
-        """The response that a row's new ids hold, None while it goes on."""
-        ends = [n for n, token in enumerate(new[:limit], 1) if token in self.end_ids]
-        ids = new[: ends[0] if ends else limit]
-        stopped = self.stop(ids) if self.stop else None
-        if stopped or ends or len(new) >= limit:
-            return Response(ids[:stopped], truncated=not (stopped or ends))
-        return None
+    def _complete(self, new):
+        """The length of the response among a row's new ids, and whether it ends there by itself."""
+        ends = [n for n, token in enumerate(new, 1) if token in self.end_ids]
+        length = ends[0] if ends else len(new)
+        stopped = self.stop(new[:length]) if self.stop else None
+        return stopped or length, bool(stopped or ends)
 
 
 def pad_left(sequences, device):
     """Lists of ids -> ids (B, N) and mask (B, N), padded on the left."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), PAD, device=device)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long, device=device)
-    for row, sequence in enumerate(sequences):
-        start = width - len(sequence)
-        ids[row, start:] = torch.tensor(sequence, dtype=torch.long, device=device)
-        mask[row, start:] = 1
-    return ids, mask
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows).to(device), pad([torch.ones_like(row) for row in rows]).to(device)
 
 
 # ----------------------------------------------------------------------------------------- demo
@@ -785,10 +744,8 @@ def demo():
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64)
     layers = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, tie_word_embeddings=True))
-    sampler = Sampler(model, end_ids=[0], segment=8)
+    sampler = Sampler(Qwen3ForCausalLM(Qwen3Config(**sizes, **layers)), end_ids=[0], segment=8)
     prompts, keys = [[5, 6, 7, 8]] * 4 + [[5, 6, 9]], [(0, i) for i in range(5)]
-    print("groups:", shared_prefixes(prompts))
     together = sampler(prompts, [20] * 5, keys)
     alone = [sampler([prompt], [20], [key])[0] for prompt, key in zip(prompts, keys)]
     for response in together:

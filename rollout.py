@@ -40,24 +40,17 @@ TAGS = ("problem", "memory", "section", "think", "search", "answer", "informatio
 FIELD = re.compile(r"(?<!\w)\{(\w+)\}")  # of a template; behind a letter braces are text
 STRUCTURE = re.compile(r"[<\[\]{|].+[>\[\]}|]")  # what tokens look like that are no words
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
-FINAL = "<|channel|>final<|message|>"  # harmony: all other channels are thoughts
-THOUGHTS = {  # how models open a thought, and what ends it
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "◁think▷": "◁/think▷",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|channel>": "<channel|>",
-    "<|channel|>": FINAL,
-}
+# how models open a thought, and how they close it; in harmony all but the final channel is one
+OPENS = re.compile(r"<(\w+:)?think(ing)?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|?>")
+CLOSES = re.compile(
+    r"</(\w+:)?think(ing)?>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>"
+    r"|<\|channel\|>final<\|message\|>"
+)
 NO_MEMORY = "No previous memory"
 PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
 
-PROBLEM = (
-    "One entity was replaced by [MASK] everywhere in a long article. Judging by the whole article, "
-    "which entity does [MASK] stand for?"
-)
+PROBLEM = """One entity was replaced by [MASK] everywhere in a long article. Judging by the whole \
+article, which entity does [MASK] stand for?"""
 
 # what the prompts are made of; tags on lines of their own
 PROBLEM_BLOCK = "\n<problem>\n{problem}\n</problem>\n"
@@ -103,13 +96,11 @@ TEMPLATES = {
 
 
 def structure_of(tokenizer):
-    """The spellings that must not be forged: tags of ours, of thoughts, and added tokens that look
-    like structure (`<|im_end|>`, `[INST]`). An added word ("Rome") or a pad token "0" is text."""
+    """The spellings that must not be forged: our tags, and added tokens that look like structure
+    (`<|im_end|>`, `[INST]`, `</think>`). An added word ("Rome") or a pad token "0" is text."""
     tokens = [*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())]
     spellings = {token for token in tokens if STRUCTURE.search(token)}
-    spellings.update(THOUGHTS, THOUGHTS.values())
-    for tag in TAGS:
-        spellings |= {f"<{tag}>", f"</{tag}>"}
+    spellings |= {f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")}
     return spellings - {"[MASK]", "[TARGET]"}
 
 
@@ -118,7 +109,6 @@ def cleaner(tokenizer):
 
     Every spelling of structure loses its first character to a look-alike; lone surrogates, which
     no tokenizer takes, become U+FFFD. The length stays, so that character spans stay valid.
-    (`split_special_tokens` would miss added tokens that are not 'special'.)
 
     >>> from types import SimpleNamespace
     >>> tokens = dict(all_special_tokens=["<|im_end|>", "0"], added_tokens_decoder={})
@@ -129,7 +119,13 @@ def cleaner(tokenizer):
     # the first character of each, where the rest follows
     spellings = sorted(structure_of(tokenizer))
     forged = re.compile("|".join(f"{re.escape(x[0])}(?={re.escape(x[1:])})" for x in spellings))
-    return lambda text: re.sub("[\ud800-\udfff]", "\ufffd", forged.sub("‹", text))
+    thoughts = re.compile(f"{OPENS.pattern}|{CLOSES.pattern}")
+
+    def clean(text):
+        text = thoughts.sub(lambda mark: "‹" + mark.group()[1:], forged.sub("‹", text))
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+    return clean
 
 
 def around(tokenizer, text, reply=None):
@@ -194,8 +190,7 @@ class Template:
     def __call__(self, **fields):
         ids = list(self.literals[0])
         for name, literal in zip(self.fields, self.literals[1:], strict=True):
-            ids += fields[name]
-            ids += literal
+            ids += fields[name] + literal
         return ids
 
     def __len__(self):
@@ -241,10 +236,9 @@ class Prompts:
         # what is no text of a response; all_special_ids lacks special tokens without a role
         self.special_ids = self.ends | {i for i, token in tokens.items() if token.special}
 
-        self.thinks = "<|channel|>" if said.endswith(FINAL) else None
-        for start in THOUGHTS:
-            if opened.endswith(start):
-                self.thinks = start
+        opening = OPENS.search(CLOSES.split(opened)[-1])
+        harmony = said.endswith("<|channel|>final<|message|>")
+        self.thinks = opening.group() if opening else "<|channel|>" if harmony else None
 
     def encode(self, text):
         """Token ids of any text, made safe first."""
@@ -260,14 +254,12 @@ class Prompts:
     def spoken(self, ids):
         """The ids of a response behind its thought, if it has one; None where that never ends."""
         said = self.tokenizer.decode(ids)
-        for start, end in THOUGHTS.items():
-            thoughts, opened = said.count(end), start == self.thinks
-            if thoughts:
-                ids = ids[self.shortest(ids, lambda part: part.count(end) == thoughts) :]
-                said, opened = said.rpartition(end)[2], False
-            if opened or start in said:
-                return None
-        return ids
+        thoughts = len(CLOSES.findall(said))
+        if thoughts:
+            ids = ids[self.shortest(ids, lambda part: len(CLOSES.findall(part)) == thoughts) :]
+        elif self.thinks:
+            return None
+        return None if OPENS.search(CLOSES.split(said)[-1]) else ids
 
     def closed(self, ids):
         """How many ids complete the first closing tag of a search or an answer; None without."""
@@ -313,8 +305,7 @@ class Agent:
     query = None
 
     def __init__(self, key):
-        self.key = tuple(key)
-        self.turns = []
+        self.key, self.turns = tuple(key), []
 
     def prompt(self):
         """-> (token ids, most new tokens), or None when the agent has finished."""
@@ -326,15 +317,15 @@ class Agent:
 
     def stop(self, response_ids):
         """How many ids make a whole response although no end token came; None: all of them."""
-        return None
+
 
 class Reader(Agent):
-    """Reads chunk after chunk into a memory, then answers from the memory alone.
+    """Reads chunk after chunk into a memory, then answers from the memory alone: MemTrain's
+    end-to-end task (sections 3.1, 3.3) and MemAgent's long-text QA.
 
-    MemTrain's end-to-end task (sections 3.1, 3.3) and MemAgent's long-text QA are this loop.
     problem: ids; chunks: list of ids. memories[t] is the memory after turn t, memories[0] the
-    empty one. `answer` is the text of the last response, None before. A thought is neither memory
-    nor answer; one that never ends leaves the memory as it was.
+    empty one; `answer` the text of the last response, None before. A thought is neither of them;
+    one that never ends leaves the memory as it was.
     """
 
     def __init__(self, prompts, problem, chunks, memory_tokens, answer_tokens, key):
@@ -379,10 +370,8 @@ class Asker(Agent):
 
 
 class Recaller(Asker):
-    """Names the entity hidden in an earlier section, from a memory, in one turn (section 3.3).
-
-    memory, section: ids; the section holds [TARGET]. All samples of a recall have one prompt.
-    """
+    """Names the entity hidden in an earlier section (ids with [TARGET]), from a memory, in one turn
+    (section 3.3)."""
 
     def __init__(self, prompts, memory, section, answer_tokens, key):
         ids = prompts.recall(memory=memory, section=section)
@@ -391,9 +380,8 @@ class Recaller(Asker):
 
 class Searcher(Agent):
     """Answers questions by searching; of the past it sees its last turn and that turn's results
-    (MEM1, section 3).
+    (MEM1, section 3). result_tokens: results are cut to this.
 
-    problem: ids; turns_left: most turns; result_tokens: results are cut to this.
     `answer` is the text between the answer tags, None without one; `malformed`: a turn closed
     neither tag, which ends the episode; `searches`: queries that got results so far.
     """
@@ -427,9 +415,8 @@ class Searcher(Agent):
 
     def inform(self, passages):
         """Results of the query: list of {"title", "text"}."""
-        lines = []
-        for number, passage in enumerate(passages, 1):
-            lines.append(f"Passage {number} (title: {passage['title']}) {passage['text']}")
+        shown = "Passage {} (title: {title}) {text}"
+        lines = [shown.format(number, **passage) for number, passage in enumerate(passages, 1)]
         results = self.prompts.encode("\n".join(lines) or "nothing found")[: self.result_tokens]
         before, after = self.prompts.information
         self.previous = [*self.previous, *before, *results, *after]
@@ -448,26 +435,25 @@ def rollout(agents, sampler, search=None):
         raise ValueError("two agents have the same key: give each its own (step, document, ..)")
     while True:
         # ask every agent for its prompt; one that has finished gives None
-        asked = [(agent, agent.prompt()) for agent in agents]
-        waiting = [(agent, *prompt) for agent, prompt in asked if prompt is not None]
+        waiting = [(agent, agent.prompt()) for agent in agents]
+        waiting = [(agent, *prompt) for agent, prompt in waiting if prompt is not None]
         if not waiting:
             return agents
 
         # one call of the sampler for all of them
-        prompts = [ids for _, ids, _ in waiting]
-        limits = [limit for _, _, limit in waiting]
-        keys = [(*agent.key, len(agent.turns)) for agent, _, _ in waiting]
+        asked, prompts, limits = map(list, zip(*waiting))
+        keys = [(*agent.key, len(agent.turns)) for agent in asked]
         responses = sampler(prompts, limits, keys)
 
         # hand the responses back, and record what was seen and written
-        for (agent, prompt, _), response in zip(waiting, responses, strict=True):
+        for agent, prompt, response in zip(asked, prompts, responses, strict=True):
             end = agent.stop(response.ids)
             ids, truncated = response.ids[:end], response.truncated and end is None
             agent.turns.append(Turn(prompt, ids, truncated, response.logps[:end]))
             agent.receive(ids)
 
         # serve the searches of this turn in one batch
-        searching = [agent for agent, _, _ in waiting if agent.query is not None]
+        searching = [agent for agent in asked if agent.query is not None]
         if searching:
             results = search([agent.query for agent in searching])
             for agent, passages in zip(searching, results, strict=True):
@@ -478,11 +464,8 @@ def rollout(agents, sampler, search=None):
 
 
 def uniform_noise(key, count):
-    """`count` numbers in [0, 1), a pure function of key: a tuple of numbers and strings.
-
-    >>> bool((uniform_noise((0, "a"), 3) == uniform_noise((0, "a"), 9)[:3]).all())
-    True
-    """
+    """`count` numbers in [0, 1), a pure function of key: a tuple of numbers and strings. The first
+    ones are the same for any count."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))  # counter-based
     return np.random.Generator(philox).random(count)
@@ -490,10 +473,8 @@ def uniform_noise(key, count):
 
 class Draw:
     """A logits processor that draws the next token of every row: the one at which the cumulative
-    distribution passes the row's uniform number. Greedy where there are no numbers.
-
-    uniform: (B, positions) or None. `logps` collects what was drawn at, (B,) a position.
-    """
+    distribution passes the row's uniform number, (B, positions); greedy where that is None. `logps`
+    collects what was drawn at, (B,) a position."""
 
     def __init__(self, uniform):
         self.uniform, self.logps = uniform, []
@@ -513,8 +494,11 @@ class Draw:
 
 
 def shared_prefixes(prompts):
-    """Groups prompts that begin alike: list of (prefix length, indices). The same as in grpo.py,
-    where it is explained, so that either file can be copied alone."""
+    """Groups prompts that begin alike: list of (prefix length, indices).
+
+    Neighbours in sorted order join where they share at least half of a prompt, and where that
+    leaves fewer tokens to run. (The same as in grpo.py, so that either file can be copied alone.)
+    """
     groups = []
     for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
         prompt = prompts[i]
@@ -531,11 +515,9 @@ def shared_prefixes(prompts):
 
 
 def context_of(model):
-    """The tokens of a model's window, within which what it computes of a token stays the same.
-
-    RoPE that depends on the length of the batch (longrope, dynamic) holds up to its original one:
-    beyond it, what rollout and training compute would differ. YaRN's factor counts.
-    """
+    """The tokens of a model's window, within which what it computes of a token stays the same: RoPE
+    that depends on the length of the batch (longrope, dynamic) holds up to its original one. YaRN's
+    factor counts."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 2**62  # state-space models
     rope = getattr(config, "rope_parameters", None) or {}
@@ -550,15 +532,14 @@ def context_of(model):
 class Sampler:
     """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> `Response`s.
 
-    A response ends with its end token, unless its limit cut it. What prompts have in common is read
-    once; rows are packed under `kv_tokens`, the tokens that the cache may hold, padding included;
-    after every `segment` new tokens, finished rows leave the batch. Greedy where temperature is 0.
+    What prompts have in common is read once; rows are packed under `kv_tokens`, the tokens that the
+    cache may hold, padding included; after every `segment` new tokens, finished rows leave the
+    batch. Greedy where temperature is 0. ValueError where a turn outgrows the model's context.
 
     model: a causal language model. seed: part of all noise, with the keys given in every call.
     stop: None, or what agents have as their own `stop`, so that such rows leave at once.
     share: False for a model with other than plain full attention in every layer (state-space
     layers, sliding windows, soft caps): every batch is then one plain `generate`.
-    ValueError where a prompt and its limit outgrow the model's context.
     """
 
     def __init__(
@@ -570,11 +551,10 @@ class Sampler:
         self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
         self.context = context_of(model)
 
-        # older versions read shared prefixes wrongly, and say nothing
-        import transformers
+        from transformers import __version__ as version
 
-        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
-            raise ImportError(f"transformers {transformers.__version__}: 5.17 or later is needed")
+        if tuple(map(int, version.split(".")[:2])) < (5, 17):  # shared prefixes are read wrongly
+            raise ImportError(f"transformers {version}: 5.17 or later is needed")
 
     @torch.no_grad()
     def __call__(self, prompts, limits, keys):
@@ -582,9 +562,7 @@ class Sampler:
 
         longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         if longest > self.context:
-            raise ValueError(
-                f"a prompt and its limit are {longest} tokens, the model's context {self.context}"
-            )
+            raise ValueError(f"a turn of {longest} tokens outgrows the model's {self.context}")
 
         # eval(): checkpointing spoils generation. The settings are the model's own ones for now:
         # what a config passed to `generate` leaves unset (top_k, repetition_penalty) would be
@@ -611,9 +589,7 @@ class Sampler:
     def _batches(self, prompts, limits):
         """Lists of rows (prefix length, index of the prompt), longest first. What a batch puts into
         the cache, rows * columns, stays within kv_tokens; one row always fits."""
-        groups = [(0, [i]) for i in range(len(prompts))]
-        if self.share:
-            groups = shared_prefixes(prompts)
+        groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
         groups.sort(key=lambda group: -len(prompts[group[1][0]]) - limits[group[1][0]])
         batch, widths = [], (0, 0, 0)
         for prefix, members in groups:
@@ -662,15 +638,13 @@ class Sampler:
 
     def _generate(self, ids, mask, cache, new_tokens, processors=(), **settings):
         """`generate` -> ids with the new ones."""
+        from transformers import LogitsProcessorList
+
         return self.model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=new_tokens,
-            logits_processor=list(processors),
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens,
+            logits_processor=LogitsProcessorList(processors), **settings,
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
-            **settings,
-        )
+        )  # fmt: skip
 
     def _sample(self, batch, prompts, limits, keys):
         """Yields (index of the prompt, Response) as the rows of a batch finish."""
@@ -748,10 +722,8 @@ def demo():
     prompts, keys = [[5, 6, 7, 8]] * 4 + [[5, 6, 9]], [(0, i) for i in range(5)]
     together = sampler(prompts, [20] * 5, keys)
     alone = [sampler([prompt], [20], [key])[0] for prompt, key in zip(prompts, keys)]
-    for response in together:
-        print(*response.ids)
     assert [response.ids for response in together] == [response.ids for response in alone]
-    print("the same as one by one")
+    print("the same together as one by one:", *[response.ids for response in alone], sep="\n")
 
 
 if __name__ == "__main__":

@@ -361,12 +361,16 @@ SPOILED = {  # how a checkpoint's folder is spoiled, and what is said of it
         "deserializing",
     ),
     "other sizes": (lambda folder: edit(folder / "config.json", hidden_size=96), "mismatched"),
-    "sizes that are none": (lambda folder: edit(folder / "config.json", hidden_size="a"), "hidden_size"),
+    "sizes that are none": (
+        lambda folder: edit(folder / "config.json", hidden_size="a"), "hidden_size",
+    ),
     "missing weights": (
         lambda folder: edit(folder / "config.json", tie_word_embeddings=False),
         "lacks weights: lm_head.weight",
     ),
-    "another kind of model": (lambda folder: edit(folder / "config.json", model_type="t5"), "T5Config"),
+    "another kind of model": (
+        lambda folder: edit(folder / "config.json", model_type="t5"), "T5Config",
+    ),
 }  # fmt: skip
 
 

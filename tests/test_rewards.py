@@ -86,7 +86,11 @@ def test_boxes_are_read_like_a_slow_search_over_all_pairs_of_braces_reads_them(t
 FONTS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mbox"]
 
 
-@given(st.text("ab \n;é", max_size=6), st.lists(st.sampled_from(FONTS), max_size=4), st.sampled_from(["", " ", "\n"]))
+@given(
+    st.text("ab \n;é", max_size=6),
+    st.lists(st.sampled_from(FONTS), max_size=4),
+    st.sampled_from(["", " ", "\n"]),
+)
 def test_an_answer_is_the_same_whatever_font_all_of_it_is_set_in(answer, fonts, blank):
     shown = answer
     for font in fonts:

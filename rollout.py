@@ -490,7 +490,7 @@ class Draw:
             token = token.clamp(max=scores.shape[-1] - 1)
         self.logps.append(probabilities.gather(-1, token)[:, 0].log())
         # `generate` takes the largest score: leave it no choice
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 def shared_prefixes(prompts):
@@ -550,6 +550,7 @@ class Sampler:
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
         self.context = context_of(model)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of the cache
 
         from transformers import __version__ as version
 

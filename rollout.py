@@ -7,8 +7,7 @@ sampled. Nothing is ever decoded and encoded again.
 
     python rollout.py            a demo on a random model, offline in seconds
 
-It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transformers 5.17 to 5.23;
-with older ones it refuses to run).
+It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transformers 5.17 to 5.23).
 
 Differences from the papers:
   1. The wording of the prompts is ours, and the final answer's prompt holds no section (the text of
@@ -38,12 +37,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 TAGS = ("problem", "memory", "section", "think", "search", "answer", "information")
 FIELD = re.compile(r"(?<!\w)\{(\w+)\}")  # of a template; behind a letter braces are text
-STRUCTURE = re.compile(r"[<\[\]{|].+[>\[\]}|]")  # what tokens look like that are no words
 CLOSED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # what ends a Searcher's turn
 # how models open a thought, and how they close it; in harmony all but the final channel is one
-OPENS = re.compile(r"<(\w+:)?think(ing)?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|?>")
+OPENS = re.compile(r"<(\w+:)?think(ing)?>|\[THINK]|◁think▷|<\|START_THINKING\|>|<\|channel\|?>")
 CLOSES = re.compile(
-    r"</(\w+:)?think(ing)?>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>"
+    r"</(\w+:)?think(ing)?>|\[/THINK]|◁/think▷|<\|END_THINKING\|>|<channel\|>"
     r"|<\|channel\|>final<\|message\|>"
 )
 NO_MEMORY = "No previous memory"
@@ -99,7 +97,7 @@ def structure_of(tokenizer):
     """The spellings that must not be forged: our tags, and added tokens that look like structure
     (`<|im_end|>`, `[INST]`, `</think>`). An added word ("Rome") or a pad token "0" is text."""
     tokens = [*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())]
-    spellings = {token for token in tokens if STRUCTURE.search(token)}
+    spellings = {token for token in tokens if re.search(r"[<\[\]{|].+[>\[\]}|]", token)}
     spellings |= {f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")}
     return spellings - {"[MASK]", "[TARGET]"}
 
@@ -201,9 +199,8 @@ class Prompts:
     """All that stands between text and token ids, for one tokenizer.
 
     A `Template` for every name of TEMPLATES: prompts.update, prompts.answer, ..; `texts` gives
-    other wordings. order: "memory_first" (the papers') or "chunk_first". problem: ids of MemTrain's
-    fixed question. ends: ids that end a response. thinks: how the thought begins that every prompt
-    opens, or None.
+    other wordings. order: "memory_first" (the papers') or "chunk_first". problem: MemTrain's fixed
+    question. ends: ids that end a response. thinks: how the thought begins that can't be turned off.
     """
 
     def __init__(self, tokenizer, texts=None, problem=PROBLEM, order="memory_first"):
@@ -212,15 +209,13 @@ class Prompts:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token")
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
-        self.tokenizer = tokenizer
-        self.clean = cleaner(tokenizer)
+        self.tokenizer, self.clean = tokenizer, cleaner(tokenizer)
         swap = re.compile(r"(<memory>.*</memory>)(.*)(<section>.*</section>)", re.DOTALL)
         for name, text in (TEMPLATES | (texts or {})).items():
             if order == "chunk_first":
                 text = swap.sub(r"\3\2\1", text)
             setattr(self, name, Template(tokenizer, text))
-        self.problem = self.encode(problem)
-        self.no_memory = self.encode(NO_MEMORY)
+        self.problem, self.no_memory = self.encode(problem), self.encode(NO_MEMORY)
         around_results = ["\n<information>\n", "\n</information>"]
         self.information = tokenizer(around_results, add_special_tokens=False)["input_ids"]
 
@@ -237,8 +232,9 @@ class Prompts:
         self.special_ids = self.ends | {i for i, token in tokens.items() if token.special}
 
         opening = OPENS.search(CLOSES.split(opened)[-1])
-        harmony = said.endswith("<|channel|>final<|message|>")
-        self.thinks = opening.group() if opening else "<|channel|>" if harmony else None
+        if said.endswith("<|channel|>final<|message|>"):  # harmony: whatever the prompt ends in
+            opening = OPENS.search(said)
+        self.thinks = opening.group() if opening else None
 
     def encode(self, text):
         """Token ids of any text, made safe first."""
@@ -296,8 +292,7 @@ class Turn(NamedTuple):
 class Agent:
     """The contract: `rollout` needs nothing else of an agent.
 
-    key: a tuple that is the whole identity of its noise: (step, document, trajectory, ..), where
-    document is the number of the row within its step.
+    key: the whole identity of its noise: (step, number of the document in it, trajectory, ..).
     turns: what it has done, a `Turn` each, filled by `rollout`: `receive` finds the new one there.
     query: a text to search for before the next turn, whose results go to `inform(passages)`.
     """
@@ -370,8 +365,7 @@ class Asker(Agent):
 
 
 class Recaller(Asker):
-    """Names the entity hidden in an earlier section (ids with [TARGET]), from a memory, in one turn
-    (section 3.3)."""
+    """Names the entity hidden as [TARGET] in an earlier section, from a memory (section 3.3)."""
 
     def __init__(self, prompts, memory, section, answer_tokens, key):
         ids = prompts.recall(memory=memory, section=section)
@@ -434,13 +428,11 @@ def rollout(agents, sampler, search=None):
     if len({agent.key for agent in agents}) < len(agents):
         raise ValueError("two agents have the same key: give each its own (step, document, ..)")
     while True:
-        # ask every agent for its prompt; one that has finished gives None
+        # one call of the sampler for all agents that have not finished
         waiting = [(agent, agent.prompt()) for agent in agents]
         waiting = [(agent, *prompt) for agent, prompt in waiting if prompt is not None]
         if not waiting:
             return agents
-
-        # one call of the sampler for all of them
         asked, prompts, limits = map(list, zip(*waiting))
         keys = [(*agent.key, len(agent.turns)) for agent in asked]
         responses = sampler(prompts, limits, keys)
@@ -464,8 +456,7 @@ def rollout(agents, sampler, search=None):
 
 
 def uniform_noise(key, count):
-    """`count` numbers in [0, 1), a pure function of key: a tuple of numbers and strings. The first
-    ones are the same for any count."""
+    """`count` numbers in [0, 1): the first ones of an endless row that a key (a tuple) determines."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))  # counter-based
     return np.random.Generator(philox).random(count)
@@ -525,7 +516,7 @@ def context_of(model):
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return min(original, context)
     if rope.get("rope_type") == "yarn":
-        return max(context, int(rope["factor"] * original))
+        return max(context, int((rope.get("factor") or 1) * original))
     return context
 
 
@@ -546,14 +537,13 @@ class Sampler:
         self, model, end_ids, *, temperature=1.0, top_p=1.0, kv_tokens=2**17, segment=32,
         seed=0, stop=None, share=True,
     ):  # fmt: skip
+        from transformers import __version__ as version
+
         self.model, self.end_ids = model, sorted(end_ids)
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.kv_tokens, self.segment, self.stop, self.share = kv_tokens, segment, stop, share
         self.context = context_of(model)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of the cache
-
-        from transformers import __version__ as version
-
         if tuple(map(int, version.split(".")[:2])) < (5, 17):  # shared prefixes are read wrongly
             raise ImportError(f"transformers {version}: 5.17 or later is needed")
 

@@ -17,8 +17,7 @@ It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transform
 Differences from the papers: none in the loss. MEM1 stitches the pruned turns of a trajectory into
 one sequence under an attention mask, which is an approximation; one sequence per turn is exact.
 
-Letters in shapes: Q groups, G members of a group, N response tokens, L tokens of a row, H heads,
-D head size.
+Letters in shapes: Q groups, G members, N response tokens, L tokens of a row, H heads, D head size.
 """
 
 from collections import Counter
@@ -42,8 +41,7 @@ def group_advantages(rewards, scale="none", eps=1e-6):
     """Rewards (Q, G) -> advantages (Q, G): reward - mean of its group (Dr. GRPO).
 
     scale="group" also divides by the group's unbiased standard deviation + eps (GRPO). One value
-    per TRAJECTORY: give it to the trajectory's turns afterwards. Normalising over turns would weigh
-    long documents more.
+    per TRAJECTORY, for all its turns: normalising over turns would weigh long documents more.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
     tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
@@ -88,16 +86,9 @@ def token_weights(lengths, aggregate, document=None):
 
 
 def policy_loss(
-    logps,
-    old_logps,
-    advantages,
-    weights,
-    *,
-    clip_low=0.2,
-    clip_high=0.2,
-    ref_logps=None,
-    kl_coef=0.0,
-):
+    logps, old_logps, advantages, weights, *,
+    clip_low=0.2, clip_high=0.2, ref_logps=None, kl_coef=0.0,
+):  # fmt: skip
     """The GRPO objective to minimise (eq. 3, 4): sum of weights * (surrogate + kl_coef * k3).
 
     All tensors are (N,). With one update a rollout, old_logps are logps detached: the ratio is 1,
@@ -127,8 +118,7 @@ def policy_loss(
         metrics["kl"] = k3.mean()
 
     # eq. 4: the mean, as the weights have it
-    metrics = {name: value.detach() for name, value in metrics.items()}
-    return (weights * loss).sum(), metrics
+    return (weights * loss).sum(), {name: value.detach() for name, value in metrics.items()}
 
 
 # ------------------------------------------------------------------------ rows of shared prefixes
@@ -242,7 +232,7 @@ def shared_prefix_attention(
     -> (1, L, H, D).
 
     units: list of `Unit`, in the order of the row. Without it (generation, plain scoring) this is
-    transformers' own scaled dot-product attention, mask and all.
+    transformers' own attention, mask and all.
     """
     if units is None and query.shape[2] == 1 and attention_mask is not None:
         return decoding_attention(query, key, value, attention_mask, scaling), None
@@ -338,11 +328,9 @@ def switch_off_randomness(lm):
 
 
 class Policy(nn.Module):
-    """The language model as training sees it, and the root that is sharded: turns in, log-probs of
-    their responses out.
+    """A language model as training sees it: turns in, log-probs of their responses out.
 
-    lm: a causal language model of transformers, loaded as usual; it stays `.lm`, for `generate`
-    and `save_pretrained`.
+    lm: a causal language model of transformers; it stays `.lm`, for `generate` and saving.
     shares: whether it runs rows of units. That takes full attention in every layer and logits
     straight from the head; it is found out unless told. Other models run every turn by itself,
     which is slower and as exact.
@@ -371,10 +359,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _can_share(self):
-        """Whether a unit of three turns gets the log-probs that the plain model gives to each.
-
-        Soft caps, scaled logits and whatever else a row would leave out show there; windows and
-        state-space layers stand in the config."""
+        """Whether a unit of three turns gets the log-probs that the plain model gives to each: soft
+        caps, scaled logits and the like show there, windows and other layers in the config."""
         config = self.lm.config.get_text_config()
         layers = set(getattr(config, "layer_types", None) or [])
         if getattr(config, "sliding_window", None) or layers - {"full_attention"}:
@@ -384,20 +370,17 @@ class Policy(nn.Module):
         alone = torch.cat(self._one_by_one(prompts, responses, 1.0))
         try:
             together = torch.cat(self._rows(prompts, responses, 1.0))
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # a model that knows no units
+        except Exception:  # a model that knows no units may raise anything
             return False
         return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
 
     def forward(self, prompts, responses, temperature=1.0):
         """Token-id lists, as many of either -> list of (length of the response,) fp32 log-probs.
 
-        All turns run in one row; the order is the one given. temperature divides the logits, as
-        it did when the responses were sampled.
+        All turns run in one row. temperature divides the logits, as it did in sampling.
         """
-        prompts, responses = list(prompts), list(responses)
-        if self.shares:
-            return self._rows(prompts, responses, temperature)
-        return self._one_by_one(prompts, responses, temperature)
+        run = self._rows if self.shares else self._one_by_one
+        return run(list(prompts), list(responses), temperature)
 
     def _one_by_one(self, prompts, responses, temperature):
         """Log-probs of the responses, by the plain model."""
@@ -454,9 +437,8 @@ class Policy(nn.Module):
         return result
 
     def _token_logps(self, hidden, targets, temperature):
-        """Hidden states (N, width), targets (N,) -> log-probs (N,).
-
-        A chunk of logits exists at a time, and is made again in backward."""
+        """Hidden states (N, width), targets (N,) -> log-probs (N,). A chunk of logits exists at a
+        time, and is made again in backward."""
         head = self.lm.get_output_embeddings()
 
         def chunk_logps(hidden, targets):
@@ -473,14 +455,13 @@ class Policy(nn.Module):
 
 
 def demo(steps=61, questions=16, group=8):
-    """A random model of one-token responses; the reward is 1 where the prompt's last token is
-    repeated."""
+    """A random model learns to repeat the prompt's last token."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=16)
-    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True)))
+    layers = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, tie_word_embeddings=True)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
     for step in range(steps):
         # rollout

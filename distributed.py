@@ -1,7 +1,6 @@
 """What several GPUs take: ranks, sharding with FSDP2, the memory for a rollout, checkpoints.
 
-torchrun starts the ranks; a process by itself is a world of one, and runs the same code. To the
-rest of the project this file is a few calls with plain names:
+torchrun starts the ranks; a process by itself is a world of one, and runs the same code:
 
     device = start_ranks()                joins torchrun's process group, or makes one
     policy = shard(policy, device)        fp32 master weights, divided over all ranks
@@ -45,22 +44,13 @@ def start_ranks():
         store, rank, world = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(days=7),  # ranks wait for the longest rollout or evaluation
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = datetime.timedelta(days=7)  # ranks wait for the longest rollout, or evaluation
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return device
 
 
-def rank():
-    return dist.get_rank()
-
-
-def world_size():
-    return dist.get_world_size()
+rank, world_size = dist.get_rank, dist.get_world_size
 
 
 def all_gather(value):
@@ -85,10 +75,8 @@ def leave():
 @contextlib.contextmanager
 def one_line_errors(*kinds):
     """What can't be read, written or held (OSError, MemoryError), and errors of these kinds, end in
-    one line and status 2.
-
-    A rank that fails just leaves, and torchrun ends the others: to take the process group apart it
-    would have to wait for them."""
+    one line and status 2. A rank that fails just leaves, and torchrun ends the others: to take the
+    process group apart it would have to wait for them."""
     try:
         yield
     except (OSError, MemoryError, *kinds) as error:
@@ -132,10 +120,8 @@ def compute_dtype(device):
 
 def shard(policy, device, master=True):
     """FSDP2 over all ranks: fp32 shards (unless no master copy is wanted), computing in
-    compute_dtype, gradients reduced in fp32. A single CPU keeps the plain model.
-
-    policy: a module whose forward takes turns, with the transformers model as `.lm`.
-    """
+    compute_dtype, gradients reduced in fp32. A single CPU keeps the plain model. policy: a module
+    whose forward takes turns, with the transformers model as `.lm`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -161,7 +147,8 @@ def shard(policy, device, master=True):
     policy.set_reshard_after_backward(False, recurse=True)
     with torch.no_grad():
         policy([[0]], [[0]])  # the root must run once before `generate` enters below it
-    _reshard(policy)
+    for unit in _fsdp_units(policy):
+        unit.reshard()
     return policy
 
 
@@ -185,13 +172,8 @@ def gathered(policy):
         for unit, before, after in hooks:
             unit._forward_pre_hooks, unit._forward_hooks = before, after
     dist.barrier()
-    _reshard(policy)
-
-
-def _reshard(policy):
-    """Drops the gathered weights, which are stale after an optimizer step."""
-    for unit in _fsdp_units(policy):
-        unit.reshard()
+    for unit in units:
+        unit.reshard()  # the gathered weights are stale after an optimizer step
 
 
 def _fsdp_units(policy):
@@ -219,10 +201,9 @@ def kv_budget(lm, device, trained=True):
         )
     config = lm.config.get_text_config()
     heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads  # older models: all of them
-    keys = config.num_hidden_layers * key_heads * head  # numbers a token
-    return int(0.75 * free / (2 * width * keys))
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads  # of keys; older models: all
+    return int(0.75 * free / (2 * width * config.num_hidden_layers * heads * size))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -264,10 +245,8 @@ def load_model(path, dtype):
         return lm, tokenizer
     except Exception as error:  # a folder of somebody's: its files may lack or hold anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OSError(
-            f"--model {path}: not a folder with a checkpoint that can be trained, nor a model that "
-            f"the Hub gives ({reason})"
-        ) from None
+        what = "not a folder with a checkpoint to train, nor such a model of the Hub"
+        raise OSError(f"--model {path}: {what} ({reason})") from None
 
 
 def save_checkpoint(out, step, policy, optimizer, tokenizer, keep=2, files=None):
@@ -336,10 +315,8 @@ def _save_pretrained(lm, weights, folder):
 
 def load_trainer(run, policy, optimizer):
     """Puts the weights and optimizer state of a run's newest checkpoint back, on any number of
-    ranks; one that can't be read is named, and the one before it is used.
-
-    -> its step; 0 where the run has none. OSError where none can be read.
-    """
+    ranks; one that can't be read is named, and the one before it is used. -> its step; 0 where the
+    run has none. OSError where none can be read."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

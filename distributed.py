@@ -35,6 +35,7 @@ def start_ranks():
     logging.disable_progress_bar()  # there is one bar, ours
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
@@ -79,7 +80,10 @@ def one_line_errors(*kinds):
     process group apart it would have to wait for them."""
     try:
         yield
-    except (OSError, MemoryError, *kinds) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError, *kinds) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            cure = "lower --tokens_per_forward if in the update, --kv_tokens if in the rollout"
+            error = f"the GPU's memory is full: {cure} ({str(error).splitlines()[0]})"
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # where all ranks fail, rank 0 speaks, and the others are ended by then
         tqdm.write(f"error: {error}", file=sys.stderr)
@@ -119,15 +123,19 @@ def compute_dtype(device):
 
 
 def shard(policy, device, master=True):
-    """FSDP2 over all ranks: fp32 shards (unless no master copy is wanted), computing in
-    compute_dtype, gradients reduced in fp32. A single CPU keeps the plain model. policy: a module
-    whose forward takes turns, with the transformers model as `.lm`."""
+    """FSDP2 over all ranks: fp32 shards, the master copy, computing in compute_dtype, gradients
+    reduced in fp32. Where no master copy is wanted, nothing is trained, and a single rank keeps the
+    plain model; a single CPU always does. policy: a module whose forward takes turns, with the
+    transformers model as `.lm`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     dtype = compute_dtype(device)
-    if world_size() == 1 and dtype == torch.float32:
-        return policy
+    if not master:  # parameter by parameter: RoPE's buffers stay fp32
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(dtype)
+    if world_size() == 1 and (dtype == torch.float32 or not master):
+        return policy.to(device)
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -163,6 +171,7 @@ def gathered(policy):
     # a CPU a layer and token.
     hooks = []
     if not torch.is_grad_enabled():
+        torch.cuda.empty_cache()  # an update's blocks are of other sizes; nothing on a CPU
         for unit in units:
             hooks.append((unit, unit._forward_pre_hooks, unit._forward_hooks))
             unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
@@ -191,7 +200,9 @@ def kv_budget(lm, device, trained=True):
         return 2**17
     width = compute_dtype(device).itemsize
     parameters = sum(parameter.numel() for parameter in lm.parameters())
-    taken = width * parameters + (12 * parameters // world_size() if trained else 0)
+    taken = 12 * parameters // world_size() if trained else 0
+    if trained or _fsdp_units(lm):
+        taken += width * parameters  # else they are there already
     torch.cuda.empty_cache()  # what PyTorch holds without using it would count as taken
     free = min(all_gather(torch.cuda.mem_get_info(device)[0])) - taken
     if free <= 0:

@@ -780,7 +780,7 @@ def config_of(args):
 def open_model(args, cfg):
     """-> (Setup, Policy)"""
     device = distributed.start_ranks()
-    policy, tokenizer = train.open_policy(cfg.model, device)
+    policy, tokenizer = train.open_policy(cfg.model, device, master=False)
     policy.eval()
     search = train.open_search(cfg)
     kv_tokens = cfg.kv_tokens or distributed.kv_budget(policy.lm, device, trained=False)

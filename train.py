@@ -664,8 +664,9 @@ def model_settings(model):
 # ---------------------------------------------------------------------------------- model, prompts
 
 
-def open_policy(path, device):
-    """-> (Policy of a checkpoint, fp32 and sharded over all ranks: the master copy; tokenizer).
+def open_policy(path, device, master=True):
+    """-> (Policy of a checkpoint, fp32 and sharded over all ranks: the master copy, unless nothing
+    is to be trained; tokenizer).
 
     Rank 0 reads the model as fp32 and finds out whether it shares prefixes; the others only map
     its files, of which `shard` copies their part: the host's memory need not hold it once a rank.
@@ -675,7 +676,7 @@ def open_policy(path, device):
     shares = all_gather(grpo.Policy(lm).shares if leader else None)[0]
     if not shares:
         note(f"{type(lm).__name__} can't share prefixes; every turn runs by itself")
-    return distributed.shard(grpo.Policy(lm, shares), device), tokenizer
+    return distributed.shard(grpo.Policy(lm, shares), device, master), tokenizer
 
 
 def open_reference(cfg, policy, device):

@@ -583,6 +583,33 @@ def test_weights_and_optimizer_come_back_as_they_were(alone, tokenizer, tmp_path
 # ------------------------------------------------------------------------------------------- errors
 
 
+def test_a_full_gpu_is_one_line_that_names_the_knobs(capsys):
+    with pytest.raises(SystemExit) as stopped, distributed.one_line_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: the GPU's memory is full: lower")
+    assert "--tokens_per_forward" in line and "--kv_tokens" in line and "2 GiB" in line
+
+
+def test_ranks_wait_for_each_other_as_long_as_an_evaluation_takes(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **how: seen.update(how))
+    distributed.start_ranks()
+    assert seen["timeout"].days >= 1 and seen["world_size"] == 1
+
+
+def test_a_model_that_is_not_trained_has_no_master_copy(alone, monkeypatch):
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
+    policy = distributed.shard(grpo.Policy(tiny_model()), alone, master=False)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}  # RoPE's
+    assert not distributed._fsdp_units(policy)
+    [logps] = policy([[1, 2, 3]], [[4, 5]])
+    [exact] = grpo.Policy(tiny_model())([[1, 2, 3]], [[4, 5]])
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, exact, rtol=0.1, atol=0.1)
+
+
 LONE_FAILURE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -637,8 +664,9 @@ def test_the_kv_budget_is_what_gathered_weights_gradients_and_optimizer_leave(al
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters + 128_000, 0))
     assert distributed.kv_budget(lm, device) == 750
+    # weights that are not sharded, and not trained, are there already
     assert distributed.kv_budget(lm, device, trained=False) == int(
-        0.75 * (12 * parameters + 128_000) / 128
+        0.75 * (14 * parameters + 128_000) / 128
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * parameters - 1, 0))
     with pytest.raises(MemoryError, match="leaves no memory for a rollout"):

@@ -25,7 +25,6 @@ A span is [start, end) in characters of its text; a row is the number of a passa
 """
 
 import argparse
-import ast
 import bisect
 import contextlib
 import functools
@@ -33,7 +32,6 @@ import glob
 import gzip
 import hashlib
 import http.client
-import ipaddress
 import json
 import math
 import multiprocessing
@@ -157,10 +155,10 @@ class Corpus(NamedTuple):
 
 
 def assemble(corpus, pivot, args, rng):
-    """A masked document around the passage in row `pivot`; None where none of its entities fits.
+    """A masked document around the passage in row `pivot`; the answer is one of its entities.
 
     It has 1 + args.related + args.random passages; fewer related ones are made up for by random
-    ones. The answer is an entity of the pivot that stands in args.min_passages of them or more.
+    ones.
     """
     # every passage once, in random order
     total = 1 + args.related + args.random
@@ -175,36 +173,26 @@ def assemble(corpus, pivot, args, rng):
         spans += [(offset + start, offset + end) for start, end in corpus.entities[row]]
         offset += len(corpus.texts[row]) + len("\n\n")
 
-    # the first entity of the shuffled ones that enough passages hold is the answer
+    # all occurrences of the answer are masked
     names = sorted({corpus.texts[pivot][start:end] for start, end in corpus.entities[pivot]})
-    for answer in rng.sample(names, len(names)):
-        holders = [text for text in passages if occurrences(text, answer)]
-        if len(holders) >= args.min_passages:
-            text, spans = mask("\n\n".join(passages), answer, spans)
-            assert not occurrences(text, answer), f"{answer!r} is still in the document"
-            return {"text": text, "answer": answer, "entities": spans}
-    return None
+    answer = rng.choice(names)
+    text, spans = mask("\n\n".join(passages), answer, spans)
+    assert not occurrences(text, answer), f"{answer!r} is still in the document"
+    return {"text": text, "answer": answer, "entities": spans}
 
 
 def draw_documents(corpus, pivots, args, split, count):
-    """Yield `count` documents around random pivots; those without a fitting entity are replaced."""
+    """Yield `count` documents around random pivots that have an entity."""
     from tqdm import tqdm
 
     if count and not any(corpus.entities[row] for row in pivots):
-        cure = "use a larger corpus, another --ner or --heldout 0"
-        raise InputError(f"no passage for {split} documents has an entity; {cure}")
+        raise InputError(f"no passage for {split} documents has an entity; use a larger corpus")
     for number in tqdm(range(count), desc=f"build {split}", unit=" documents"):
         rng = random.Random(f"{args.seed}/{split}/{number}")
-        for _ in range(100):
+        pivot = rng.choice(pivots)
+        while not corpus.entities[pivot]:
             pivot = rng.choice(pivots)
-            while not corpus.entities[pivot]:
-                pivot = rng.choice(pivots)
-            if document := assemble(corpus, pivot, args, rng):
-                break
-        else:
-            problem = "none of 100 pivots has such an entity; lower it or raise --related"
-            raise InputError(f"--min_passages {args.min_passages}: {problem}")
-        yield {"id": f"{split}-{number:06d}", **document}
+        yield {"id": f"{split}-{number:06d}", **assemble(corpus, pivot, args, rng)}
 
 
 def split_pivots(articles, seed):
@@ -297,47 +285,41 @@ def _hide(target, text, tokenizer, chunk_tokens):
 def build(args):
     """Write a folder of masked documents to args.out: `save_documents` says what it holds."""
     # read, index and tag the corpus
-    started = time.time()
     open_ner(args.ner)  # what is not installed is said before hours of reading
     texts, articles = read_corpus(args.corpus, args.passage_words, args.max_passages, args.seed)
     total = 1 + args.related + args.random
     if len(texts) < total:
-        cure = "use more, or lower --random and --related"
-        raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}; {cure}")
+        raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}")
     search = open_index(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
     if not any(entities):
-        problem = f"no passage has an entity that --ner {args.ner} finds"
-        raise InputError(f"{args.corpus}: {problem}; wrong language or wrong column?")
+        cure = "is the language or the column another?"
+        raise InputError(f"{args.corpus}: no passage has an entity for --ner {args.ner}; {cure}")
 
     def related(row):
         (hits,) = search([texts[row]], args.related + 1)
         return [other for other, _ in hits if other != row][: args.related]
 
     # draw and write the documents
-    ready = time.time()
+    started = time.time()
     corpus, pivots = Corpus(texts, entities, related), split_pivots(articles, args.seed)
     heldout = min(128, (args.documents + 9) // 10) if args.heldout < 0 else args.heldout
-    counts = {"train": args.documents, "heldout": heldout}
-    parts = {}
+    counts, parts = {"train": args.documents, "heldout": heldout}, {}
     for split, count in counts.items():
         parts[split] = draw_documents(corpus, pivots[split], args, split, count)
     save_documents(args.out, parts)
-    rate = sum(counts.values()) / (time.time() - ready)
+    rate = sum(counts.values()) / (time.time() - started)
 
     # say what they are like
-    words, alone, inside = [], 0, 0
+    words, inside = [], 0
     for split in counts:
         for document in load_documents(args.out, split).select_columns(["text", "answer"]):
-            text = document["text"]
-            words.append(word_count(text))
-            alone += sum(MASK in passage for passage in text.split("\n\n")) == 1
-            inside += document["answer"] in text
+            words.append(word_count(document["text"]))
+            inside += document["answer"] in document["text"]
     size = f"{total} passages, {min(words)} to {max(words)} words"
     print(f"{args.out}: {args.documents} train and {heldout} heldout documents of {size}")
-    print(f"{alone / len(words):.0%} of the answers stand in no other passage of their document")
+    print(f"{rate:.1f} documents/s")
     print(f"{inside} of the answers still stand inside other words (Mark in Denmark)")
-    print(f"{ready - started:.0f} s to read, tag and index, {rate:.1f} documents/s")
 
 
 def save_documents(out, parts):
@@ -351,7 +333,7 @@ def save_documents(out, parts):
     from datasets.arrow_writer import ArrowWriter
 
     if os.path.exists(out):
-        raise InputError(f"{out}: is there already; choose another name or delete it")
+        raise InputError(f"{out}: is there already; choose another name")
     datasets.disable_progress_bars()
     string = datasets.Value("string")
     spans = datasets.List(datasets.List(datasets.Value("int32")))
@@ -382,8 +364,7 @@ def load_documents(path, split):
     import datasets
 
     if not holds_documents(path):
-        cure = f"make them with: python data.py build --corpus .. --out {path}"
-        raise InputError(f"{path}: no documents here; {cure}")
+        raise InputError(f"{path}: no documents here; make them with: python data.py build")
     parts = datasets.load_from_disk(str(path))
     if split not in parts:
         raise InputError(f"{path}: no split {split!r}, there are {', '.join(parts)}")
@@ -393,9 +374,9 @@ def load_documents(path, split):
 def show(args):
     """Print a document and its answer; with --tokenizer chunk by chunk, and a recall."""
     documents = load_documents(args.dir, args.split)
-    if not 0 <= args.document < len(documents):
-        count = f"{args.split} has {len(documents)} documents"
-        raise InputError(f"{args.dir}: {count}, --document counts from 0")
+    count = len(documents)
+    if args.document >= count:
+        raise InputError(f"--document {args.document}: {args.split} has {count} documents, from 0")
     document = documents[args.document]
     text = document["text"]
     counts = f"{text.count(MASK)} masks, {len(document['entities'])} entities"
@@ -412,8 +393,7 @@ def show(args):
         for number, part in enumerate(parts, 1):
             print(f"\n---- chunk {number} of {len(parts)} ({len(part.ids)} tokens) ----")
             print(text[part.start : part.end].strip())
-        recall = draw_recall(document, parts, tokenizer, args.chunk_tokens, random.Random(0))
-        if recall:
+        if recall := draw_recall(document, parts, tokenizer, args.chunk_tokens, random.Random(0)):
             asked = f"after turn {recall.k}, {TARGET} in chunk {recall.l}"
             print(f"\n---- a recall: {asked} is {recall.target!r}")
     else:
@@ -448,36 +428,30 @@ def read_rows(source, columns=None, stream=False, seed=0):
     elif on_hub and file:
         rows = read_rows(_hub_file(repo, file), columns)
     elif not os.path.exists(source):
-        hub = "a data set of the Hub is written OWNER/NAME[:CONFIG[:SPLIT]]"
-        raise InputError(f"{source}: no such file ({hub})")
+        raise InputError(f"{source}: no such file (on the Hub: OWNER/NAME[:CONFIG[:SPLIT]])")
     elif not kind:
         known = ".jsonl, .json, .txt, each also .gz, and .parquet"
         raise InputError(f"{source}: unknown kind of file; known are {known}")
     elif kind[1] == "parquet":
         rows = _parquet_rows(source, columns)
     else:
-        rows = {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _text_rows}[kind[1]](source)
+        rows = _file_rows(source, kind[1])
 
     for where, row in rows:
         if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise InputError(f"{where}: a row must be a JSON object, this is a {kind}")
+            raise InputError(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
         yield where, row
 
 
 def _folder_rows(folder, columns):
-    files = {True: [], False: []}  # is it data?
+    files, others = [], []
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)):
         if os.path.isfile(os.path.join(folder, name)):
-            files[not re.search(NO_DATA, name)].append(name)
-    if not files[True]:
+            (others if re.search(NO_DATA, name) else files).append(name)
+    if not files:
         raise InputError(f"{folder}: no data in this folder")
-    named = {}
-    for kind, names in files.items():
-        named[kind] = ", ".join(names if len(names) < 6 else [*names[:2], "..", names[-1]])
-    without = f"; leaves out {named[False]}" if files[False] else ""
-    say(f"{folder}: reads all its {len(files[True])} files, {named[True]}{without}")
-    for name in files[True]:
+    say(f"{folder}: reads {len(files)} files; leaves out {', '.join(others) or 'none':.200}")
+    for name in files:
         yield from read_rows(os.path.join(folder, name), columns)
 
 
@@ -492,51 +466,47 @@ def open_text(path, mode, encoding="utf-8"):
 
 
 def _lines(path):
-    errors = OSError, EOFError, zlib.error
-    not_text = f"{path}: can't be read as UTF-8; convert it: iconv -f ENCODING -t UTF-8"
-    with explained(f"{path}: can't be read; fetch the file again", *errors):
-        with explained(not_text, UnicodeDecodeError), open_text(path, "rt", "utf-8-sig") as file:
-            for number, line in enumerate(file, 1):  # sig: there may be a byte order mark
-                if "\0" in line:
-                    cure = "repair the file, or convert it to UTF-8"
-                    raise InputError(f"{path}:{number}: a NUL, which no text has; {cure}")
-                yield line
+    errors = OSError, EOFError, zlib.error, UnicodeDecodeError
+    unreadable = explained(f"{path}: can't be read as UTF-8; convert it or fetch it again", *errors)
+    # sig: there may be a byte order mark
+    with unreadable, open_text(path, "rt", "utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if "\0" in line:
+                raise InputError(f"{path}:{number}: a NUL, which no text has; repair the file")
+            yield line
+
+
+def _file_rows(path, kind):
+    """A .jsonl has a row in each line, a .json is a list of rows, a .txt is one row."""
+    if kind == "jsonl":
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _parsed(where, line, "a .jsonl has a row in each line")
+    elif kind == "json":
+        rows = _parsed(path, "".join(_lines(path)), "a file with one row per line is called .jsonl")
+        if not isinstance(rows, list):
+            raise InputError(f"{path}: a JSON list of rows is wanted, not a {type(rows).__name__}")
+        for number, row in enumerate(rows, 1):
+            yield f"{path}: row {number}", row
+    else:
+        # hard line breaks are joined: paragraphs end at an empty line
+        text = "\n".join(line.strip() for line in _lines(path))
+        yield path, {"text": re.sub(r"(?<!\n)\n(?!\n)", " ", text)}
 
 
 def _parsed(where, text, cure):
     """The value of a JSON text."""
+
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):  # which of the two values is meant?
+            raise ValueError(f"a key stands twice, of {[key for key, _ in pairs]}")
+        return value
+
     # ValueError: also an integer of thousands of digits; RecursionError: of nested lists
     with explained(f"{where}: not JSON; {cure}", ValueError, RecursionError):
-        return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs):
-    value = dict(pairs)
-    if len(value) < len(pairs):  # which of the two values is meant?
-        raise ValueError(f"a key stands twice, of {[key for key, _ in pairs]}")
-    return value
-
-
-def _jsonl_rows(path):
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            cure = "repair or delete the line (a .jsonl has a row in each line)"
-            yield f"{path}:{number}", _parsed(f"{path}:{number}", line, cure)
-
-
-def _json_rows(path):
-    """A list of rows in one file, as MemAgent's eval_*.json."""
-    rows = _parsed(path, "".join(_lines(path)), "a file with one row per line is called .jsonl")
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: a JSON list of rows is wanted, this is a {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: row {number}", row
-
-
-def _text_rows(path):
-    """Plain text, one row. Hard line breaks are joined: paragraphs end at an empty line."""
-    text = "\n".join(line.strip() for line in _lines(path))
-    yield path, {"text": re.sub(r"(?<!\n)\n(?!\n)", " ", text)}
+        return json.loads(text, object_pairs_hook=unique)
 
 
 def _parquet_rows(path, columns):
@@ -584,7 +554,7 @@ def passage(where, row):
     {'id': '7', 'title': 'Rome', 'text': 'Rome is a city.'}
     """
     names = "id", "title", "text", "contents"
-    identity, title, text, contents = [_plain(where, row.get(name)) for name in names]
+    identity, title, text, contents = [plain(where, row.get(name)) for name in names]
     if text is None and isinstance(contents, str):
         title, text = "", contents
         if "\n" in contents.strip():  # a quoted title, then the text
@@ -593,34 +563,32 @@ def passage(where, row):
     if not isinstance(text, str):
         wanted = "a passage is {id, title, text} or {id, contents}"
         raise InputError(f"{where}: no text; {wanted}, this row has {sorted(row)}")
-    title = tidy(_written(where, "title", title or "")).replace("\n", " ")
-    identity = where if identity is None else _written(where, "id", identity)
+    title = tidy(as_text(f"{where}: title", title or "")).replace("\n", " ")
+    identity = where if identity is None else as_text(f"{where}: id", identity)
     return {"id": identity, "title": title, "text": tidy(text)}
 
 
-def _plain(where, value):
-    """The value with lists for arrays, text for bytes, None for NaN, and whole characters only."""
+def plain(where, value):
+    """The value with text for bytes, None for NaN, and whole characters only."""
     if isinstance(value, bytes):
         with explained(f"{where}: bytes that are not UTF-8", UnicodeDecodeError):
             value = value.decode()
     if isinstance(value, str):
         return re.sub("[\ud800-\udfff]", "\ufffd", value)  # halves of a character: in no file
-    if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
     if isinstance(value, dict):
-        return {name: _plain(where, each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(where, each) for each in value]
+        return {name: plain(where, each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(where, each) for each in value]
     return None if value != value else value
 
 
-def _written(where, name, value):
-    """A text, or a number as text; 5.0 stands for 5: a column with gaps is one of floats."""
+def as_text(where, value):
+    """A text, or a number as one; 5.0 stands for 5: a column with gaps is one of floats."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-    if isinstance(value, bool) or not number and not isinstance(value, str):
-        raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
+    known = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not known or value in (math.inf, -math.inf):
+        raise InputError(f"{where}: must be a text, this is a {type(value).__name__}")
     return str(value)
 
 
@@ -700,32 +668,30 @@ def read_corpus(source, words=160, limit=0, seed=0):
 # ---- Questions (sections 6 to 8) -----------------------------------------------------------------
 
 # What is read of a row of questions, and under which names; "a.b" is the field b of a struct (these
-# are veRL's, for MemAgent and MEM1). A row that fills several names of one thing must say the same
+# are veRL's, for MemAgent and MEM1). A row that fills several names of one field must say the same
 # under each. What stands under other names is left alone.
 FIELDS = {
-    # a text or a number; without one, where the row stands
+    # a text or a number, the first that there is; without one, where the row stands
     "id": ("id", "_id", "question_id", "index", "extra_info.index"),
-    # a text; without one, the last message of the conversation in `prompt`, as it is
-    "question": ("question", "input", "extra_info.question"),
-    # of one question "x", 5, ["x", "y"], {"value": "x", "aliases": ["y"]} (TriviaQA) or {"text":
-    # ["x"]} (SQuAD), of several [["x"], ["y", "z"]]; each also as {"target": ..}, each also as
-    # JSON text, a list also as Python prints it (MemAgent's eval_*.json)
+    "source": ("data_source",),  # a text; questions of one source are joined
+    "question": ("question", "input", "extra_info.question"),  # a text
+    "prompt": ("prompt",),  # without a question: the user's last message, as it is
+    # of one question "x", 5, ["x", "y"] or {"value": "x", "aliases": ["y"]} (TriviaQA), of several
+    # [["x"], ["y", "z"]]; each also as {"target": ..}, each also as JSON text
     "golds": ("answers", "golden_answers", "answer", "reward_model.ground_truth"),
     "aliases": ("answer_aliases",),  # as golds, of one question: more of them
     # a text; [[title, text or sentences], ..]; [{"title", "text" or "paragraph_text"}, ..];
     # {"title": [..], "sentences": [[..], ..]}; each also as JSON text
     "context": ("context", "paragraphs"),
-    "source": ("data_source",),  # a text; questions of one source are joined
-    "prompt": ("prompt",),
     # true or false: a question without an answer is left out, and counted
-    "unanswerable": ("answerable", "is_impossible"),
+    "answerable": ("answerable",),
+    "impossible": ("is_impossible",),
     # these would change what is asked or what is right: choices, and RULER's lists, all of which
     # must be named. A row that fills one is refused
     "refused": (
         "choices", "options", "choice_A", "endings", "candidates", "all_classes", "outputs",
     ),
-}
-QUESTION_COLUMNS = sum(FIELDS.values(), ())
+}  # fmt: skip
 
 
 def load_questions(path, objectives=None, long=False):
@@ -740,42 +706,31 @@ def load_questions(path, objectives=None, long=False):
         path += ":hotpotqa_train_32k.parquet"  # the rest are evaluation files of other columns
     rows = []
     for where, row in answerable_rows(path):
-        found = question_row(where, row, several=objectives is not None)
-        if long and not found["context"].strip():
-            names = " or ".join(FIELDS["context"])
-            raise InputError(f"{where}: a long-text question needs a {names}, this row has none")
-        rows.append(found)
+        rows.append(question_row(where, row, several=objectives is not None))
+        if long and not rows[-1]["context"].strip():
+            raise InputError(f"{where}: a long-text question needs a context or paragraphs")
     if objectives:
-        rows = reachable(path, rows, objectives)
+        rows = join_questions(path, rows, objectives)
     if not rows:
         raise InputError(f"{path}: no questions")
-    if not objectives:
-        return rows
-
-    joined = pair_questions(rows, objectives)
-    if not joined:
-        raise InputError(f"{path}: {len(rows)} questions, --objectives {objectives} needs more")
-    if rest := sum(map(_questions_in, rows)) - sum(map(_questions_in, joined)):
-        say(f"{path}: {rest} questions left out, too few to be joined by {objectives}")
-    return joined
+    return rows
 
 
 def answerable_rows(path):
     """Yield (where, row) of the questions that have an answer; says how many have none."""
     left_out = 0
-    for where, row in read_rows(path, QUESTION_COLUMNS):
-        row = {name: _plain(where, value) for name, value in row.items()}
-        without = False
-        for name, value in filled(row, "unanswerable").items():
-            if value not in (True, False):
-                raise InputError(f"{where}: {name} must be true or false, this is {value!r:.40}")
-            without = without or value == (name == "is_impossible")
-        if without:
+    for where, row in read_rows(path, sum(FIELDS.values(), ())):
+        answerable = read_field(where, row, "answerable", true_or_false)
+        if answerable is False or read_field(where, row, "impossible", true_or_false):
             left_out += 1
         else:
             yield where, row
-    if left_out:
-        say(f"{path}: {left_out} questions left out, which have no answer by their own account")
+    say_left_out(path, left_out, "questions, which have no answer by their own account")
+
+
+def say_left_out(path, count, what):
+    if count:
+        say(f"{path}: left out {count} {what}")
 
 
 def question_row(where, row, several=False):
@@ -787,132 +742,111 @@ def question_row(where, row, several=False):
     ...     "context": "Document 1:\\nA\\nShe did."}
     True
     """
-    row = {name: _plain(where, value) for name, value in row.items()}
-    for name in filled(row, "refused"):
-        problem = "questions with choices, or with lists to be named, are not read"
-        raise InputError(f"{where}: {name}: {problem}; delete the row")
+    field = functools.partial(read_field, where, row)
+    for name in FIELDS["refused"]:
+        if not is_empty(row.get(name)):
+            problem = "questions with choices, or with lists to be named, are not read"
+            raise InputError(f"{where}: {name}: {problem}; delete the row")
+    question = field("question", read_question) or field("prompt", read_question)
+    golds = field("golds", read_golds)
+    if not question or not golds:
+        missing = "answer" if question else "question"
+        raise InputError(f"{where}: no {missing}; a row needs both, this one has {sorted(row)}")
 
-    # what the row must have
-    questions = filled(row, "question") or _last_message(row.get("prompt"))
-    for name, value in questions.items():
-        questions[name] = _as_text(where, name, value).strip()
-    question, golds = agreed(where, questions), row_golds(where, row)
-    for name, found in ("question", question), ("answer", golds):
-        if not found:
-            present = sorted(name for name, value in row.items() if not _is_empty(value))
-            wanted = f"a question needs a question and an answer, this row has {present}"
-            raise InputError(f"{where}: no {name}; {wanted}")
-
-    # a row of several questions has golds for each
+    if aliases := field("aliases", read_golds):
+        if len(golds) > 1 or len(aliases) > 1:
+            raise InputError(f"{where}: answer_aliases are read of one question alone")
+        golds = [list(dict.fromkeys(golds[0] + aliases[0]))]
     if several:
         check_joined(where, question, golds)
     elif len(golds) > 1:
-        problem = f"golds of {len(golds)} questions at once"
-        raise InputError(f"{where}: {problem}; such rows are for --task searchqa alone")
-    name, identity = next(iter(filled(row, "id").items()), ("", where))
-    context = row_context(where, row)
+        raise InputError(f"{where}: golds of {len(golds)} questions at once, see --task searchqa")
+
+    context = field("context", read_context) or ""
     return {
-        "id": _written(where, name, identity),
-        "source": _as_text(where, "data_source", row.get("data_source") or ""),
+        "id": field("id", as_text) or where,
+        "source": field("source", as_text) or "",
         "question": question,
         "answers": golds if len(golds) > 1 else golds[0],
         "context": context if isinstance(context, str) else lay_out(context),
     }
 
 
-def filled(row, what):
-    """{name: value} under the names of FIELDS[what], less what is empty."""
-    found = {}
-    for name in FIELDS[what]:
-        struct, dot, field = name.rpartition(".")
-        own = row.get(struct) if dot else row
-        value = own.get(field) if isinstance(own, dict) else None
-        if not _is_empty(value):
-            found[name] = value
+def read_field(where, row, field, read):
+    """What a row says in this field of FIELDS, as `read` reads it; None where it says nothing."""
+    first = found = None
+    for name in FIELDS[field]:
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        value = plain(f"{where}: {name}", value)
+        if not is_empty(value):
+            value = read(f"{where}: {name}", value)
+        if is_empty(value):
+            continue
+        if first is None:
+            first, found = name, value
+        elif value != found and field != "id":
+            raise InputError(f"{where}: {first} and {name} disagree; delete one of them")
     return found
 
 
-def _is_empty(value):
+def is_empty(value):
     blank = isinstance(value, str) and not value.strip()
     return blank or value is None or value == [] or value == {}
 
 
-def agreed(where, values):
-    """The value that a row gives under one or several names; None without."""
-    first = next(iter(values), None)
-    for name, value in values.items():
-        if value != values[first]:
-            raise InputError(f"{where}: {first} and {name} disagree; delete one of them")
-    return values.get(first)
+def true_or_false(where, value):
+    if value not in (True, False):
+        raise InputError(f"{where}: must be true or false, this is {value!r:.40}")
+    return bool(value)
 
 
-def _as_text(where, name, value):
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {name} must be a text, this is a {type(value).__name__}")
-    return value
+def read_question(where, value):
+    """A text, or the last message of a conversation."""
+    match value:
+        case str(text) | [*_, {"role": "user", "content": str(text)}]:
+            return text.strip()
+    raise InputError(f"{where}: neither a text nor a conversation that ends with a user's")
 
 
-def _last_message(prompt):
-    """{"prompt": the content of the last message of a conversation}; {} where it is no user's."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        by_user = prompt[-1].get("role") in ("user", None)
-        prompt = prompt[-1].get("content") if by_user else None
-    return {} if _is_empty(prompt) else {"prompt": prompt}
+def read_golds(where, value):
+    """The golds of every question, [[gold, ..], ..], or None where there are none.
 
-
-def row_golds(where, row):
-    """The golds of every question of a row, [[gold, ..], ..], or None where there are none."""
-    found = {name: golds_of(where, value) for name, value in filled(row, "golds").items()}
-    golds = agreed(where, {name: each for name, each in found.items() if each})
-    for name, value in filled(row, "aliases").items() if golds else ():
-        aliases = golds_of(where, value) or [[]]
-        if len(golds) > 1 or len(aliases) > 1:
-            raise InputError(f"{where}: {name} are read of one question alone")
-        golds = [list(dict.fromkeys(golds[0] + aliases[0]))]
-    return golds
-
-
-def golds_of(where, value):
-    """One field's golds, in any of the forms that FIELDS names, as [[gold, ..], ..] or None.
-
-    >>> golds_of("f:1", {"target": ["x", None]}), golds_of("f:1", '[["x"], ["y", 5.0]]')
+    >>> read_golds("f:1", {"target": ["x", None]}), read_golds("f:1", '[["x"], ["y", 5.0]]')
     ([['x']], [['x'], ['y', '5']])
     """
-    value = unprinted(where, value)
-    if isinstance(value, dict) and "target" in value:
-        return golds_of(where, value["target"])
-    if isinstance(value, dict) and "value" in value:
-        value = [value["value"], *(value.get("aliases") or [])]
-    elif isinstance(value, dict) and "text" in value:
-        value = value["text"]
+    match value := from_json(where, value):
+        case {"target": target}:
+            return read_golds(where, target)
+        case {"value": first}:
+            value = [first, *(value.get("aliases") or [])]
     values = value if isinstance(value, list) else [value]
-    nested = any(isinstance(each, list) for each in values)
-    if nested and not all(isinstance(each, list) or each is None for each in values):
-        raise InputError(f"{where}: golds must be texts, or one list of texts for each question")
+    if not any(isinstance(own, list) for own in values):
+        values = [values]  # of one question
 
     golds = []
-    for number, own in enumerate(values if nested else [values], 1):
-        golds.append([_written(where, "a gold", gold) for gold in own or [] if not _is_empty(gold)])
-        if nested and not golds[-1]:
+    for number, own in enumerate(values, 1):
+        if not isinstance(own or [], list):
+            raise InputError(f"{where}: golds must be texts, or a list of texts for each question")
+        golds.append([as_text(where, gold) for gold in own or [] if not is_empty(gold)])
+        if len(values) > 1 and not golds[-1]:
             raise InputError(f"{where}: no gold for question {number} of {len(values)}")
     return golds if golds[0] else None
 
 
-def unprinted(where, text):
-    """The list or dict that a text writes as JSON, or as Python prints it; else the value itself.
+def from_json(where, text):
+    """The list or dict that a text writes as JSON; any other value as it is.
 
-    >>> unprinted("f:1", "['Ann']"), unprinted("f:1", "[sic]")
+    >>> from_json("f:1", '["Ann"]'), from_json("f:1", "[sic]")
     (['Ann'], '[sic]')
     """
     bare = text.strip() if isinstance(text, str) else ""
     if not re.fullmatch(r"(?s)\[.*\]|\{.*\}|array\(.*\)", bare):
         return text
-    with contextlib.suppress(ValueError, RecursionError):
-        return _plain(where, json.loads(bare, object_pairs_hook=_unique))
-    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        value = ast.literal_eval(bare)
-        if str(value) == bare and isinstance(value, (list, dict)):  # no comma was lost
-            return _plain(where, value)
+    with contextlib.suppress(InputError):
+        return plain(where, _parsed(where, bare, ""))
+    # a list in other writing, as Python's or numpy's
     if re.match(r"""[\[{(\s]*['"]|\[?array\(""", bare):
         raise InputError(f"{where}: neither JSON nor a text: {bare:.80}")
     return text
@@ -920,92 +854,78 @@ def unprinted(where, text):
 
 def check_joined(where, question, golds):
     """Questions joined by ";" must be as many as lists of golds; a question may hold a ";"."""
-    parts = list(filter(str.strip, question.split(";")))
-    surely = list(filter(str.strip, re.split(r"\?\s*;", question)))
-    if len(golds) not in (len(parts), len(surely)):
-        problem = f"{len(surely)} questions joined by ; but golds of {len(golds)}"
+    parts = len(re.findall(r"[^;]*[^;\s][^;]*", question))
+    surely = len(re.findall(r"\?\s*;\s*[^;\s]", question)) + 1
+    if not surely <= len(golds) <= parts:
+        problem = f"{surely} questions joined by ; but golds of {len(golds)}"
         raise InputError(f"{where}: {problem}; repair or delete the row")
 
 
-def reachable(path, rows, objectives):
-    """Without golds that hold a ";", at which answers are split where several questions are joined,
-    and without the questions that have no other gold. One question by itself keeps all."""
-    kept, questions, golds = [], 0, 0
+def lists_of_golds(row):
+    """One list of golds for each question of the row."""
+    return row["answers"] if isinstance(row["answers"][0], list) else [row["answers"]]
+
+
+def join_questions(path, rows, objectives):
+    """Rows of several questions each; says what is left out.
+
+    Joined answers are split at ";": golds that hold one go, and questions that have no other.
+    """
+    kept, golds = [], 0
     for row in rows:
-        several = isinstance(row["answers"][0], list)
-        lists = row["answers"] if several else [row["answers"]]
-        if several or objectives > 1:
-            before = sum(map(len, lists))
-            lists = [[gold for gold in own if ";" not in gold] for own in lists]
-            golds += before - sum(map(len, lists))
+        lists = lists_of_golds(row)
+        if objectives > 1 or len(lists) > 1:  # one question by itself keeps all
+            met = [[gold for gold in own if ";" not in gold] for own in lists]
+            golds += sum(map(len, lists)) - sum(map(len, met))
+            lists = met
         if all(lists):
-            kept.append({**row, "answers": lists if several else lists[0]})
-        else:
-            questions += 1
-    if golds:
-        problem = f"{golds} golds hold a ; at which joined answers are split"
-        say(f"{path}: {problem}: left out, with {questions} rows that have no other")
-    return kept
+            kept.append({**row, "answers": lists})
+    others = f"{len(rows) - len(kept)} rows that have no other"
+    say_left_out(path, golds, f"golds that hold a ; at which answers are split, and {others}")
+
+    joined = pair_questions(kept, objectives)
+    rest = sum(len(lists_of_golds(row)) for row in kept)
+    rest -= sum(len(row["answers"]) for row in joined)
+    say_left_out(path, rest, f"questions, too few to be joined by {objectives}")
+    return joined
 
 
-def _questions_in(row):
-    return len(row["answers"]) if isinstance(row["answers"][0], list) else 1
+def read_context(where, value):
+    """A text, or the paragraphs [(title, text), ..]."""
+    value = from_json(where, value)
+    if isinstance(value, str):
+        return value
+    match value:
+        case {"title": [*titles], "sentences": [*texts]} if len(titles) == len(texts):
+            value = list(zip(titles, texts))
 
-
-def row_context(where, row):
-    """The context of a row: a text, "" without one, or its paragraphs [(title, text), ..]."""
-    found = {}
-    for name, value in filled(row, "context").items():
-        value = unprinted(where, value)
-        found[name] = value if isinstance(value, str) else paragraphs(where, name, value)
-    return agreed(where, found) or ""
-
-
-def paragraphs(where, name, value):
-    """[(title, text), ..] from any of the forms that FIELDS names."""
     found = []
-    try:
-        if isinstance(value, dict):
-            columns = value["title"], value["sentences"]
-            if not all(isinstance(column, list) for column in columns):
-                raise TypeError
-            value = zip(*columns, strict=True)
-        for paragraph in value:
-            if isinstance(paragraph, dict):
-                text = "paragraph_text" if "paragraph_text" in paragraph else "text"
-                paragraph = paragraph["title"], paragraph[text]
-            title, text = paragraph
-            sentences = [text] if isinstance(text, str) else text
-            texts = isinstance(sentences, list) and [title, *sentences]
-            if isinstance(paragraph, str) or not all(isinstance(each, str) for each in texts):
-                raise TypeError
-            found.append((title, join_sentences(sentences)))
-    except (KeyError, TypeError, ValueError):
-        wanted = "a text, [[title, text or sentences], ..] or [{title, text}, ..]"
-        raise InputError(f"{where}: {name} must be {wanted}") from None
+    for paragraph in value if isinstance(value, list) else [value]:
+        match paragraph:
+            case {"title": title, "paragraph_text": text} | {"title": title, "text": text}:
+                paragraph = title, text
+        match paragraph:
+            case str(title), str(text):
+                found.append((title, text))
+            case str(title), [*sentences] if all(isinstance(each, str) for each in sentences):
+                found.append((title, join_sentences(sentences)))
+            case _:
+                wanted = "[title, text or sentences] or {title, text} is wanted"
+                raise InputError(f"{where}: {paragraph!r:.60} is no paragraph; {wanted}")
     return found
 
 
 def join_sentences(sentences):
-    """HotpotQA's hold their blanks, 2WikiMultiHopQA's do not.
-
-    >>> join_sentences(["Ann ran.", " Bob sat.", "Cy left."])
-    'Ann ran. Bob sat. Cy left.'
-    """
+    """HotpotQA's hold their blanks, 2WikiMultiHopQA's do not."""
     text = ""
-    for sentence in sentences:
-        if text and sentence and not text[-1].isspace() and not sentence[0].isspace():
-            text += " "
-        text += sentence
+    for sentence in filter(None, sentences):
+        apart = not text or text[-1].isspace() or sentence[0].isspace()
+        text += sentence if apart else f" {sentence}"
     return text
 
 
 def lay_out(pairs):
-    """MemAgent's layout.
-
-    >>> lay_out([("Rome", "A city."), ("Nile", "A river.")])
-    'Document 1:\\nRome\\nA city.\\n\\nDocument 2:\\nNile\\nA river.'
-    """
+    """MemAgent's layout of paragraphs [(title, text), ..]."""
     numbered = enumerate(pairs, 1)
     return "\n\n".join(f"Document {number}:\n{title}\n{text}" for number, (title, text) in numbered)
 
@@ -1020,7 +940,7 @@ def pair_questions(rows, objectives):
     """
     joined, by_source = [], {}
     for row in rows:
-        if isinstance(row["answers"][0], list):
+        if len(lists_of_golds(row)) > 1:
             joined.append({**row, "context": ""})
         else:
             by_source.setdefault(row.get("source", ""), []).append(row)
@@ -1032,7 +952,7 @@ def pair_questions(rows, objectives):
                 "id": "+".join(row["id"] for row in group),
                 "source": source,
                 "question": "; ".join(row["question"] for row in group),
-                "answers": [row["answers"] for row in group],  # one list of golds per question
+                "answers": [lists_of_golds(row)[0] for row in group],
                 "context": "",
             })  # fmt: skip
     return joined
@@ -1052,21 +972,22 @@ def longqa(args):
     # the questions with their paragraphs, and the pool of all paragraphs
     rows, pool, without = [], {}, 0
     for where, row in answerable_rows(args.questions):
-        question, context = question_row(where, row), row_context(where, row)
+        question = question_row(where, row)
+        context = read_field(where, row, "context", read_context)
         own = {}  # {title: text}; paragraphs of one title are joined
-        for title, text in () if isinstance(context, str) else context:
+        for title, text in context if isinstance(context, list) else ():
             own[title] = f"{own[title]}\n{text}" if title in own else text
         if len(own) > args.documents:
-            problem = f"{len(own)} paragraphs of its own, --documents {args.documents} has no room"
-            raise InputError(f"{where}: {problem}")
+            raise InputError(f"{where}: {len(own)} paragraphs of its own, more than --documents")
         pool.update(own)
         if own:
             rows.append((question, own))
         else:
             without += 1
+    say_left_out(args.questions, without, "questions, which have no paragraphs of their own")
     if len(pool) < args.documents:
-        problem = f"{len(pool)} paragraphs of different titles"
-        raise InputError(f"{args.questions}: {problem}, --documents {args.documents} needs as many")
+        problem = f"{len(pool)} paragraphs of different titles, --documents needs as many"
+        raise InputError(f"{args.questions}: {problem}")
 
     titles = list(pool)
     with whole_or_nothing(args.out) as unfinished, open_text(str(unfinished), "wt") as file:
@@ -1079,8 +1000,6 @@ def longqa(args):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     size = f"{args.documents} documents each, out of {len(pool)} paragraphs"
     print(f"{args.out}: {len(rows)} questions with {size}")
-    if without:
-        print(f"{without} questions have no paragraphs of their own and were left out")
 
 
 # ---- Entities ------------------------------------------------------------------------------------
@@ -1153,30 +1072,16 @@ def open_ner(name):
 
     def tag(texts):
         # what is longer than the pipeline takes is cut
-        pieces = [(text, start) for text in texts for start in piece_starts(text, nlp.max_length)]
-        docs = nlp.pipe(text[start : start + nlp.max_length] for text, start in pieces)
-        found = []
-        for (text, start), doc in zip(pieces, docs):
-            if start == 0:
-                found.append([])
-            found[-1] += [(start + each.start_char, start + each.end_char) for each in doc.ents]
+        size, found = nlp.max_length, [[] for _ in texts]
+        pieces = []
+        for number, text in enumerate(texts):
+            for start in range(0, len(text), size):
+                pieces.append((text[start : start + size], (number, start)))
+        for doc, (number, start) in nlp.pipe(pieces, as_tuples=True):
+            found[number] += [(start + each.start_char, start + each.end_char) for each in doc.ents]
         return found
 
     return tag
-
-
-def piece_starts(text, size):
-    """Where to cut a text into pieces of at most `size` characters: behind blanks, if it has some.
-
-    >>> piece_starts("Ann met Bob.", 5)
-    [0, 4, 8]
-    """
-    starts = [0]
-    while len(text) - starts[-1] > size:
-        start = starts[-1]
-        blank = max(text.rfind(blank, start, start + size) for blank in " \n")
-        starts.append(blank + 1 if blank > start else start + size)
-    return starts
 
 
 def find_entities(texts, ner="en_core_web_sm", processes=1):
@@ -1261,11 +1166,10 @@ def open_retriever(source, encoder="bm25", cache=None):
     the encoder.
     """
     if re.match("https?://", source):
-        return functools.partial(_ask_server, source, _opener(source))
+        return open_server(source)
     passages = [passage(where, row) for where, row in read_rows(source)]
     if not passages:
         raise InputError(f"{source}: no passages")
-    texts = [f"{found['title']}\n{found['text']}" for found in passages]
 
     file = None
     if os.path.isfile(source):
@@ -1273,13 +1177,12 @@ def open_retriever(source, encoder="bm25", cache=None):
         key = f"{os.path.abspath(source)} {stat.st_size} {stat.st_mtime_ns} {encoder}"
         folder = Path(cache or Path.home() / ".cache" / "memtrain")
         file = folder / f"vectors-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
+    texts = [f"{found['title']}\n{found['text']}" for found in passages]
     search = open_index(texts, encoder, file)
 
     def retrieve(queries, k):
-        found = []
-        for hits in search(queries, k) if queries else []:
-            found.append([passages[row] for row, _ in hits])
-        return found
+        found = search(queries, k) if queries else []
+        return [[passages[row] for row, _ in hits] for hits in found]
 
     return retrieve
 
@@ -1375,40 +1278,44 @@ def open_encoder(name):
     return encode
 
 
-def _opener(url):
-    """Opens the address of a search server; one on this machine without a proxy."""
+def open_server(url):
+    """A search server as open_retriever's function: one request for all queries."""
     with explained(f"{url}: no address of a search server", ValueError):
-        host = urllib.parse.urlsplit(url).hostname or ""
-        urllib.parse.urlsplit(url).port  # noqa: B018 (raises where it is no number)
-    here = host == "localhost"
-    with contextlib.suppress(ValueError):  # a name
-        here = ipaddress.ip_address(host).is_loopback
+        address = urllib.parse.urlsplit(url)
+        host, _ = address.hostname or "", address.port  # raises where it is no number
+    # one on this machine is asked without a proxy
+    here = host in ("localhost", "::1") or host.startswith("127.")
     handlers = [urllib.request.ProxyHandler({})] if here else []
-    return urllib.request.build_opener(*handlers).open
+    opener = urllib.request.build_opener(*handlers)
+
+    def search(queries, k):
+        asked = [query for query in queries if query.strip()]
+        if not asked:
+            return [[] for _ in queries]
+        body = json.dumps({"queries": asked, "topk": k, "return_scores": True}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        reply = _ask(opener, request, asked[0])
+        found = iter(_hits(url, asked, reply))
+        return [next(found) if query.strip() else [] for query in queries]
+
+    return search
 
 
-def _ask_server(url, opener, queries, k):
-    """Search-R1's contract, one request for all queries. A server that does not answer is asked
-    again; an answer of another form is an error at once."""
-    asked = [query for query in queries if query.strip()]
-    if not asked:
-        return [[] for _ in queries]
-    body = json.dumps({"queries": asked, "topk": k, "return_scores": True}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+def _ask(opener, request, query):
+    """The reply of a server; one that does not answer is asked again."""
+    url = request.full_url
     for wait in (0, *RETRY_SECONDS):
         time.sleep(wait)
         try:
-            with opener(request, timeout=TIMEOUT_SECONDS) as reply:
-                found = iter(_hits(url, asked, reply.read()))
-            return [next(found) if query.strip() else [] for query in queries]
+            with opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
+                return reply.read()
         # refused, down, late, cut off
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                cure = "is this the address of its search?"
-                raise InputError(f"{url}: refused {asked[0]!r:.80} ({error}); {cure}") from None
+                raise InputError(f"{url}: refused {query!r:.80} ({error})") from None
             trouble = _one_line(error)
-    cure = "start the server, then go on with --resume"
-    raise InputError(f"{url}: no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble}); {cure}")
+    attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble})"
+    raise InputError(f"{url}: {attempts}; start the server, then go on with --resume")
 
 
 def _hits(url, queries, reply):
@@ -1451,7 +1358,6 @@ COMMANDS = {  # flags: name, type, default (None: must be given), smallest value
         ("--encoder", str, "bm25", None, "what related means: bm25, or a transformers encoder"),
         ("--passage_words", int, 160, 1, "words of a passage cut from an article"),
         ("--max_passages", int, 300_000, 0, "of the corpus, 0: all; some 6 kB of memory each"),
-        ("--min_passages", int, 1, 1, "passages that hold the answer, the pivot included"),
         ("--processes", int, os.cpu_count(), 1, "processes that look for entities"),
         ("--seed", int, 0, None, "of all that is drawn"),
     ]),
@@ -1480,12 +1386,9 @@ def main(argv=None):
     for name, (_, purpose, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, allow_abbrev=False)
         for flag, kind, default, _, text in flags:
-            if not flag.startswith("--"):
-                command.add_argument(flag, help=text)
-            elif default is None:
-                command.add_argument(flag, type=kind, required=True, help=text)
-            else:
-                command.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
+            required = {"required": default is None} if flag.startswith("--") else {}
+            text = text if default is None else f"{text} ({default})"
+            command.add_argument(flag, type=kind, default=default, help=text, **required)
     args = parser.parse_args(argv)
 
     try:
@@ -1495,8 +1398,7 @@ def main(argv=None):
             if least is not None and value < least:
                 raise InputError(f"{flag} {value}: at least {least} is wanted")
         if "out" in args and os.path.exists(args.out):
-            cure = "choose another name or delete it"
-            raise InputError(f"--out {args.out}: is there already; {cure}")
+            raise InputError(f"--out {args.out}: is there already; choose another name")
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # show DIR | head

@@ -398,7 +398,7 @@ def test_documents_of_a_script_without_blanks_are_cut_masked_and_searched(tmp_pa
     hits = data.open_index(texts)([f"谁出生在{towns[3]}"], 2)
     assert {articles[row] for row, _ in hits[0]} == {towns[3]}
     corpus = data.Corpus(texts, entities, lambda row: [])
-    args = SimpleNamespace(related=0, random=20, min_passages=1)
+    args = SimpleNamespace(related=0, random=20)
     for pivot in range(20):
         document = data.assemble(corpus, pivot, args, random.Random(pivot))
         assert document["answer"] not in document["text"] and MASK in document["text"]
@@ -435,14 +435,6 @@ def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path
         passages = document["text"].split("\n\n")
         (pivot, *_) = [passage for passage in passages if MASK in passage]
         assert sum(pivot.split()[-1] in passage for passage in passages) == 2
-
-
-def test_min_passages_wants_the_answer_in_as_many_passages(corpus, tmp_path):
-    documents, _ = build(corpus, tmp_path / "docs", 12, "--min_passages", 2)
-    assert all(
-        sum(MASK in passage for passage in document["text"].split("\n\n")) >= 2
-        for document in documents
-    )
 
 
 def test_pivots_without_an_entity_are_replaced(tmp_path):
@@ -757,7 +749,7 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
     files = [tmp_path / name for name in ("a.jsonl", "b.txt", "more/a.jsonl.gz", "more/b.parquet")]
     assert rows == [row for file in files for row in data.read_rows(str(file))]
     said = capsys.readouterr().err
-    assert "reads all its 4 files, a.jsonl, b.txt, " in said
+    assert "reads 4 files; " in said
     assert "leaves out .hidden.jsonl, README.md\n" in said
     assert data.read_corpus(str(tmp_path)) == (
         ["Ann ran.", "Bob sat.\nCy left.", "Rome\nA city.", "1984\nA novel."],
@@ -780,7 +772,7 @@ def test_a_passages_title_is_its_first_line_where_it_has_two():
     assert data.passage("f:1", row) == {"id": "f:1", "title": "", "text": "half \ufffd"}
     for row in {"text": "x", "title": ["a"]}, {"text": "x", "id": {}}, {"text": "x", "id": [True]}:
         if any(row.values()):
-            with pytest.raises(InputError, match="f:1: (title|id) must be a text"):
+            with pytest.raises(InputError, match="f:1: (title|id): must be a text"):
                 data.passage("f:1", row)
 
 
@@ -873,7 +865,6 @@ def test_questions_may_come_in_any_form(kind, row, tmp_path):
     [
         ('["x", "y\'s"]', ["x", "y's"]),
         ("[sic]", ["[sic]"]),
-        ("['x', 'y']", ["x", "y"]),
         ("{1, 2}", ["{1, 2}"]),
         ("x", ["x"]),
         (["['x']"], ["['x']"]),
@@ -962,13 +953,11 @@ def test_single_questions_beside_joined_ones_are_joined_as_ever(tmp_path):
     [["Ann", "Anna"], ["Rome"]],
     '{"target": [["Ann", "Anna", null], ["Rome"]]}',
     {"target": '[["Ann", "Anna"], ["Rome"]]'},
-    {"target": np.array([np.array(["Ann", "Anna"], object), np.array(["Rome"], object)], object)},
     {"target": [["Ann", None, "", "Anna"], ["Rome", float("nan")]]},
     {"target": [[b"Ann", "Anna"], ["Rome"]]},
 ])  # fmt: skip
 def test_golds_of_several_questions_are_read_however_they_are_written(golds):
     row = changed(pairs_row(), "reward_model.ground_truth", golds)
-    row["prompt"] = np.array(row["prompt"], object)
     assert data.question_row("f:1", row, several=True)["answers"] == [["Ann", "Anna"], ["Rome"]]
 
 
@@ -1003,10 +992,11 @@ def test_joined_questions_are_refused_where_one_is_answered(tmp_path):
         data.load_questions(path)
 
 
-def test_too_few_questions_to_join_are_an_error(tmp_path):
+def test_too_few_questions_to_join_are_an_error(tmp_path, capsys):
     path = write_rows(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"]}])
-    with pytest.raises(InputError, match="1 questions, --objectives 2 needs more"):
+    with pytest.raises(InputError, match="q.jsonl: no questions"):
         data.load_questions(path, 2)
+    assert "left out 1 questions, too few to be joined by 2" in capsys.readouterr().err
 
 
 @real
@@ -1026,12 +1016,11 @@ def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
 
 
 @pytest.mark.parametrize("answers, golds", [
-    (["Ann", None], ["Ann"]), (np.array(["Ann", "Anna"], object), ["Ann", "Anna"]),
+    (["Ann", None], ["Ann"]), (["Ann", "Anna"], ["Ann", "Anna"]),
     (b"Ann", ["Ann"]), (1992.0, ["1992"]), (2.5, ["2.5"]),
     ({"target": "Ann"}, ["Ann"]), ({"target": ["Ann"]}, ["Ann"]),
     ({"target": [["Ann", "Anna"]]}, ["Ann", "Anna"]),
     ({"value": "Ann", "aliases": ["Anna"], "type": "WikipediaEntity"}, ["Ann", "Anna"]),
-    ({"text": ["Ann", "Anna"], "answer_start": [3, 9]}, ["Ann", "Anna"]),
 ])  # fmt: skip
 def test_golds_of_one_question_are_read_however_they_are_written(answers, golds):
     assert data.question_row("f:1", {"question": "Who?", "answers": answers})["answers"] == golds
@@ -1043,10 +1032,10 @@ GOOD = {"question": "Who?", "answers": ["Ann"]}
 @pytest.mark.parametrize("row, words", [
     (GOOD | {"answers": float("nan")}, "no answer"),
     (GOOD | {"question": float("nan")}, "no question"),
-    (GOOD | {"question": 5}, "question must be a text, this is a int"),
-    (GOOD | {"question": ["Who?"]}, "question must be a text"),
-    ({"prompt": [{"role": "assistant", "content": "Who?"}], "answer": "Ann"}, "no question"),
-    ({"prompt": [{"role": "user", "content": [{"text": "Who?"}]}], "answer": "Ann"}, "prompt must"),
+    (GOOD | {"question": 5}, "question: neither a text nor"),
+    (GOOD | {"question": ["Who?"]}, "question: neither a text nor"),
+    ({"prompt": [{"role": "assistant", "content": "Who?"}], "answer": "Ann"}, "prompt: neither"),
+    ({"prompt": [{"role": "user", "content": [{"text": "Who?"}]}], "answer": "Ann"}, "prompt: neither"),
     (GOOD | {"input": "Mary went to the hall."}, "question and input disagree"),
     (GOOD | {"extra_info": {"question": "When?"}}, "question and extra_info.question disagree"),
     (GOOD | {"answer": "Bob"}, "answers and answer disagree"),
@@ -1056,26 +1045,28 @@ GOOD = {"question": "Who?", "answers": ["Ann"]}
     (GOOD | {"options": ["Ann", "Bob"]}, "options: questions with choices"),
     (GOOD | {"all_classes": ["Ann", "Bob"]}, "all_classes: questions with choices"),
     ({"input": "Name all.", "outputs": ["Ann", "Bob"]}, "outputs: .* lists to be named"),
-    (GOOD | {"answers": [float("inf")]}, "a gold must be a text, this is a float"),
-    (GOOD | {"id": {"a": 1}}, "id must be a text"),
+    (GOOD | {"answers": [float("inf")]}, "answers: must be a text, this is a float"),
+    (GOOD | {"id": {"a": 1}}, "id: must be a text"),
+    (GOOD | {"answers": {"text": ["Ann"], "answer_start": [3]}}, "this is a dict"),
+    (GOOD | {"answers": "['Ann', 'Bob']"}, "neither JSON nor a text"),
     (GOOD | {"answers": "['Ann' 'Bob']"}, "neither JSON nor a text"),
     (GOOD | {"answers": "[array(['Ann'], dtype=object)]"}, "neither JSON nor a text"),
     (GOOD | {"answers": "['Ann', nan]"}, "neither JSON nor a text"),
     (GOOD | {"answers": "['O'Brien']"}, "neither JSON nor a text"),
     (GOOD | {"answers": [["a"], ["b"]], "answer_aliases": ["c"]}, "of one question alone"),
-    (GOOD | {"context": '["a", "b"]'}, "context must be"),
+    (GOOD | {"context": '["a", "b"]'}, "context: .* is no paragraph"),
     (GOOD | {"context": '[["A", "b" "c"]]'}, "neither JSON nor a text"),
-    (GOOD | {"context": [["A", {"b": 1}]]}, "context must be"),
-    (GOOD | {"context": {"title": "A", "sentences": "b"}}, "context must be"),
-    (GOOD | {"paragraphs": [{"title": "A"}]}, "paragraphs must be"),
+    (GOOD | {"context": [["A", {"b": 1}]]}, "context: .* is no paragraph"),
+    (GOOD | {"context": {"title": "A", "sentences": "b"}}, "context: .* is no paragraph"),
+    (GOOD | {"paragraphs": [{"title": "A"}]}, "paragraphs: .* is no paragraph"),
     (GOOD | {"answers": [True]}, "this is a bool"),
     (GOOD | {"answers": [["Ann"], "Bob"]}, "golds must be texts"),
     (GOOD | {"answers": {"gold": ["Ann"]}}, "this is a dict"),
-    (GOOD | {"context": 5}, "context must be"),
-    (GOOD | {"context": ["ab"]}, "context must be"),
-    (GOOD | {"context": [{"name": "a", "body": "b"}]}, "context must be"),
-    (GOOD | {"context": [["a", None]]}, "context must be"),
-    (GOOD | {"context": {"title": ["a", "b"], "sentences": [["c"]]}}, "context must be"),
+    (GOOD | {"context": 5}, "context: .* is no paragraph"),
+    (GOOD | {"context": ["ab"]}, "context: .* is no paragraph"),
+    (GOOD | {"context": [{"name": "a", "body": "b"}]}, "context: .* is no paragraph"),
+    (GOOD | {"context": [["a", None]]}, "context: .* is no paragraph"),
+    (GOOD | {"context": {"title": ["a", "b"], "sentences": [["c"]]}}, "context: .* is no paragraph"),
 ])  # fmt: skip
 def test_rows_of_wrong_types_are_named_in_one_line(row, words):
     with pytest.raises(InputError, match=f"f:3: .*{words}"):
@@ -1124,12 +1115,12 @@ def test_questions_without_an_answer_are_left_out_and_counted(tmp_path, capsys):
     rows = [good, good | {"answerable": 0}, good | {"answer": "", "is_impossible": True}]
     path = write_jsonl(tmp_path / "q.jsonl", rows)
     assert len(data.load_questions(path)) == 1
-    assert "q.jsonl: 2 questions left out, which have no answer" in capsys.readouterr().err
+    assert "q.jsonl: left out 2 questions, which have no answer" in capsys.readouterr().err
     out = str(tmp_path / "long.jsonl")
     assert not run("longqa", "--questions", path, "--documents", 1, "--out", out)
-    assert len(data.load_questions(out)) == 1 and "2 questions left" in capsys.readouterr().err
+    assert len(data.load_questions(out)) == 1 and "left out 2 questions" in capsys.readouterr().err
     write_jsonl(tmp_path / "q.jsonl", [good | {"answerable": "no"}])
-    with pytest.raises(InputError, match="q.jsonl:1: answerable must be true or false"):
+    with pytest.raises(InputError, match="q.jsonl:1: answerable: must be true or false"):
         data.load_questions(path)
 
 
@@ -1145,7 +1136,7 @@ def test_golds_that_joined_answers_cannot_give_are_left_out_and_counted(tmp_path
     (joined,) = data.load_questions(path, 2)
     assert (joined["question"], joined["answers"]) == ("A?; C?", [["Arlen"], ["c"]])
     said = capsys.readouterr().err
-    assert "2 golds hold a ; at which joined answers are split: left out, with 1 rows" in said
+    assert "left out 2 golds that hold a ; at which answers are split, and 1 rows that have" in said
     joined = {"question": "A?; B?", "answers": [["x; y"], ["z"]]}
     other = {**joined, "answers": [["x"], ["y; z", "z"]]}
     path = write_jsonl(tmp_path / "q.jsonl", [joined, other])
@@ -1155,7 +1146,7 @@ def test_golds_that_joined_answers_cannot_give_are_left_out_and_counted(tmp_path
 def test_questions_that_are_too_few_to_be_joined_are_counted(tmp_path, capsys):
     rows = [{"question": f"{n}?", "answers": ["a"], "data_source": "xxxyy"[n]} for n in range(5)]
     assert len(data.load_questions(write_jsonl(tmp_path / "q.jsonl", rows), 2)) == 2
-    assert "q.jsonl: 1 questions left out, too few to be joined by 2" in capsys.readouterr().err
+    assert "q.jsonl: left out 1 questions, too few to be joined by 2" in capsys.readouterr().err
 
 
 # ---- long documents ------------------------------------------------------------------------------
@@ -1477,9 +1468,9 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path
     ]:
         with pytest.raises(InputError, match=f"{name}: {message}"):
             list(data.read_rows(str(tmp_path / name.removesuffix(":1"))))
-    with pytest.raises(InputError, match="q.jsonl:1: no answer; a question needs"):
+    with pytest.raises(InputError, match="q.jsonl:1: no answer; a row needs both"):
         data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
-    with pytest.raises(InputError, match="q.jsonl:1: context must be"):
+    with pytest.raises(InputError, match="q.jsonl:1: context: .* is no paragraph"):
         data.load_questions(
             write_jsonl(
                 tmp_path / "q.jsonl",
@@ -1518,28 +1509,6 @@ def test_wrong_usage_ends_in_one_line_that_says_what_is_wrong_and_exit_status_2(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert re.search(rf"error: .*{message}.*\n\Z", done.stderr) and "Traceback" not in done.stderr
-
-
-def test_min_passages_that_no_answer_reaches_is_an_error(corpus, tmp_path):
-    assert (
-        run(
-            "build",
-            "--corpus",
-            corpus,
-            "--out",
-            tmp_path / "out",
-            "--documents",
-            1,
-            "--ner",
-            "rules",
-            "--random",
-            3,
-            "--min_passages",
-            50,
-        )
-        == 2
-    )
-    assert not list(tmp_path.iterdir())
 
 
 # ---- real data -----------------------------------------------------------------------------------

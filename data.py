@@ -318,8 +318,7 @@ def build(args):
             inside += document["answer"] in document["text"]
     size = f"{total} passages, {min(words)} to {max(words)} words"
     print(f"{args.out}: {args.documents} train and {heldout} heldout documents of {size}")
-    print(f"{rate:.1f} documents/s")
-    print(f"{inside} of the answers still stand inside other words (Mark in Denmark)")
+    print(f"{inside} of the answers still stand inside other words; {rate:.1f} documents/s")
 
 
 def save_documents(out, parts):
@@ -379,8 +378,7 @@ def show(args):
         raise InputError(f"--document {args.document}: {args.split} has {count} documents, from 0")
     document = documents[args.document]
     text = document["text"]
-    counts = f"{text.count(MASK)} masks, {len(document['entities'])} entities"
-    print(f"document {document['id']}: {len(text.split())} words, {counts}")
+    print(f"document {document['id']}: {len(text.split())} words, {text.count(MASK)} masks")
     if document.get("question"):
         print(f"---- question: {document['question']}")
 
@@ -517,9 +515,6 @@ def _parquet_rows(path, columns):
     unreadable = f"{path}: can't be read as parquet; fetch the file again"
     with explained(unreadable, pyarrow.ArrowException, OSError):
         file = pyarrow.parquet.ParquetFile(path)
-        if columns:
-            present = file.schema_arrow.names
-            columns = [name for name in columns if name.split(".")[0] in present]
         for batch in file.iter_batches(batch_size=64, columns=columns):  # a row may hold 150 kB
             for row in batch.to_pylist():
                 number += 1
@@ -561,8 +556,7 @@ def passage(where, row):
             title, _, text = contents.strip().partition("\n")
             title = title.strip().strip('"')
     if not isinstance(text, str):
-        wanted = "a passage is {id, title, text} or {id, contents}"
-        raise InputError(f"{where}: no text; {wanted}, this row has {sorted(row)}")
+        raise InputError(f"{where}: no text and no contents, this row has {sorted(row)}")
     title = tidy(as_text(f"{where}: title", title or "")).replace("\n", " ")
     identity = where if identity is None else as_text(f"{where}: id", identity)
     return {"id": identity, "title": title, "text": tidy(text)}
@@ -780,8 +774,7 @@ def read_field(where, row, field, read):
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         value = plain(f"{where}: {name}", value)
-        if not is_empty(value):
-            value = read(f"{where}: {name}", value)
+        value = None if is_empty(value) else read(f"{where}: {name}", value)
         if is_empty(value):
             continue
         if first is None:
@@ -792,8 +785,7 @@ def read_field(where, row, field, read):
 
 
 def is_empty(value):
-    blank = isinstance(value, str) and not value.strip()
-    return blank or value is None or value == [] or value == {}
+    return value in (None, [], {}) or isinstance(value, str) and not value.strip()
 
 
 def true_or_false(where, value):
@@ -1072,11 +1064,10 @@ def open_ner(name):
 
     def tag(texts):
         # what is longer than the pipeline takes is cut
-        size, found = nlp.max_length, [[] for _ in texts]
-        pieces = []
+        pieces, found = [], [[] for _ in texts]
         for number, text in enumerate(texts):
-            for start in range(0, len(text), size):
-                pieces.append((text[start : start + size], (number, start)))
+            for start in range(0, len(text), nlp.max_length):
+                pieces.append((text[start : start + nlp.max_length], (number, start)))
         for doc, (number, start) in nlp.pipe(pieces, as_tuples=True):
             found[number] += [(start + each.start_char, start + each.end_char) for each in doc.ents]
         return found

@@ -24,9 +24,8 @@ from data import MASK, TARGET, InputError
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(
-    not REAL.exists(), reason="needs ../shared/data, real text that is not part of the project"
-)
+WHY = "needs ../shared/data, real text that is not part of the project"
+real = pytest.mark.skipif(not REAL.exists(), reason=WHY)
 LETTERS = "abAé_\u0301 .,-"  # the accent that follows a letter is no word character to `re`
 
 
@@ -39,20 +38,16 @@ def write_jsonl(path, rows):
 def world(articles=60, seed=0):
     """Articles about invented people who met in invented towns."""
     rng = random.Random(seed)
-    towns = [
-        a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in ("grad", "wick", "ona", "by")
-    ]
+    endings = "grad", "wick", "ona", "by"
+    towns = [a + b for a in ("Bel", "Mor", "Tar", "Ves", "Ulm") for b in endings]
     for number in range(articles):
         first = rng.choice(["Ada", "Ben", "Cy", "Dora"])
         last = rng.choice(["Stone", "Rivers", "Hill", "Marsh"])
         name = f"{first} {last}{chr(97 + number % 26)}"
         town, other, year = rng.choice(towns), rng.choice(towns), rng.randint(1700, 1999)
-        yield {
-            "id": str(number),
-            "title": name,
-            "text": f"In {year} the painter {name} came to {town} by ship. "
-            f"Later she left {town} for {other}.",
-        }
+        text = f"In {year} the painter {name} came to {town} by ship. "
+        text += f"Later she left {town} for {other}."
+        yield {"id": str(number), "title": name, "text": text}
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +77,12 @@ def byte_level(pattern=None):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE())
+    core, bytewise = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    splits.append(bytewise(add_prefix_space=False, use_regex=not pattern))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
+    options = dict(initial_alphabet=bytewise.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=600, **options)
     core.train_from_iterator([row["text"] for row in world()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
@@ -188,12 +180,9 @@ def test_in_scripts_without_blanks_and_with_particles_no_character_of_the_answer
 
 
 def test_one_name_in_two_unicode_spellings_is_one_name(tmp_path):
-    path = write_jsonl(tmp_path / "c.jsonl", [
-        {"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"},
-    ])  # fmt: skip
-    assert data.read_corpus(path)[0] == [
-        "Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"
-    ]
+    row = {"title": "Beyonce\u0301", "text": "Beyonc\u00e9\u00a0Knowles and Beyonce\u0301  Knowles"}
+    wanted = "Beyonc\u00e9\nBeyonc\u00e9 Knowles and Beyonc\u00e9 Knowles"
+    assert data.read_corpus(write_jsonl(tmp_path / "c.jsonl", [row]))[0] == [wanted]
 
 
 def test_unfair_answers_are_left_out():
@@ -201,23 +190,7 @@ def test_unfair_answers_are_left_out():
         "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; "
         "The WHO and X agree. Rome fell in Rome."
     )
-    names = [
-        "According",
-        "Ann",
-        "One",
-        "the",
-        "1,200",
-        "Music",
-        "WHO",
-        "X",
-        "Rome",
-        "MASK",
-        "[TARGET]",
-        "7",
-        "twenty-one",
-        "a\nb",
-        "",
-    ]
+    names = "According|Ann|One|the|1,200|Music|WHO|X|Rome|MASK|[TARGET]|7|twenty-one|a\nb|".split("|")
     assert [name for name in names if data.fair(name, text)] == ["Ann", "1,200", "WHO", "Rome"]
 
 
@@ -239,41 +212,43 @@ def test_the_rules_find_dates_numbers_names_and_works():
     assert not {"Although", "Afterwards", "The", "Although France", "Tolkien's"} & set(names)
 
 
-def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and_possessives(
-    tmp_path,
-):
+def ruler(folder, *names):
+    """A spaCy pipeline that knows these names, saved."""
     import spacy
 
     nlp = spacy.blank("en")
-    ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns([
-        {"label": "GPE", "pattern": name}
-        for name in ("the United States", "Peru's", "three", "today")
-    ])  # fmt: skip
-    nlp.to_disk(tmp_path / "trained")
+    patterns = [{"label": "GPE", "pattern": name} for name in names]
+    nlp.add_pipe("entity_ruler").add_patterns(patterns)
+    nlp.to_disk(folder)
+    return str(folder)
+
+
+def test_a_trained_pipeline_is_loaded_by_name_and_its_entities_lose_articles_and_possessives(
+    tmp_path,
+):
+    trained = ruler(tmp_path / "trained", "the United States", "Peru's", "three", "today")
     texts = ["She left the United States for Peru's coast in three days."] * 3000
-    for spans in data.find_entities(texts, str(tmp_path / "trained"), processes=2):
+    for spans in data.find_entities(texts, trained, processes=2):
         assert [texts[0][a:b] for a, b in spans] == ["United States", "Peru"]
 
 
 def test_a_passage_beyond_the_pipelines_limit_is_tagged_piece_by_piece(tmp_path, monkeypatch):
     import spacy
 
-    nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "GPE", "pattern": "New Rome"}])
-    nlp.to_disk(tmp_path / "trained")
-    monkeypatch.setattr(spacy.language.Language, "max_length", 50, raising=False)
     load = spacy.load
-    monkeypatch.setattr(spacy, "load", lambda *a, **k: limited(load(*a, **k)))
+
+    def limited(*arguments, **options):
+        nlp = load(*arguments, **options)
+        nlp.max_length = 50
+        return nlp
+
+    monkeypatch.setattr(spacy, "load", limited)
+    tag = data.open_ner.__wrapped__(ruler(tmp_path / "trained", "New Rome"))
     text = "so New Rome it is and then " * 9 + "x" * 120 + " New Rome"
-    (spans,) = data.open_ner.__wrapped__(str(tmp_path / "trained"))([text])
+    none, spans = tag(["", text])
     whole = [match.span() for match in re.finditer("New Rome", text)]
     assert set(spans) <= set(whole) and len(spans) > len(whole) / 2 and spans[-1] == whole[-1]
-
-
-def limited(nlp):
-    nlp.max_length = 50
-    return nlp
+    assert none == []
 
 
 @pytest.mark.parametrize("listens", [False, True])
@@ -320,20 +295,16 @@ def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, bui
 
 def test_entity_spans_point_at_the_same_names_that_the_passages_have(corpus, built):
     texts, _ = data.read_corpus(corpus)
-    names = {
-        text: [text[a:b] for a, b in spans]
-        for text, spans in zip(texts, data.find_entities(texts, "rules"))
-    }
+    names = {}
+    for text, spans in zip(texts, data.find_entities(texts, "rules")):
+        names[text] = [text[a:b] for a, b in spans]
     for document in built[0]:
-        found = [document["text"][a:b] for a, b in document["entities"]]
-        restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
-        wanted = [
-            name
-            for passage in restored
-            for name in names[passage]
-            if not slow_pattern(document["answer"]).search(name)
-        ]
-        assert found == wanted and document["entities"] == sorted(document["entities"])
+        answer = document["answer"]
+        restored = document["text"].replace(MASK, answer).split("\n\n")
+        wanted = [name for passage in restored for name in names[passage]]
+        wanted = [name for name in wanted if not slow_pattern(answer).search(name)]
+        assert [document["text"][a:b] for a, b in document["entities"]] == wanted
+        assert document["entities"] == sorted(document["entities"])
 
 
 def test_a_document_depends_on_seed_and_number_not_on_how_many_are_built(corpus, built, tmp_path):
@@ -352,11 +323,8 @@ def telling(tmp_path_factory):
     rows = []
     for article in LETTERS_OF:
         for passage in "klmnprst":
-            names = f"Z{article}{passage}a", f"Z{article}{passage}o"
-            text = (
-                f"once upon a time the painter {names[0]} "
-                f"came with a friend called {names[1]} to the town."
-            )
+            one, other = f"Z{article}{passage}a", f"Z{article}{passage}o"
+            text = f"once upon a time the painter {one} came with a friend called {other} to town."
             rows.append({"title": f"about {article}", "text": text})
     folder = tmp_path_factory.mktemp("telling")
     return build(write_jsonl(folder / "c.jsonl", rows), folder / "docs", 400, "--heldout", 100)
@@ -413,23 +381,20 @@ def test_build_counts_answers_that_still_stand_inside_other_words(tmp_path, caps
 
 
 def test_the_pivot_lies_anywhere_in_its_document_equally_often(telling):
-    places = collections.Counter()
+    found = collections.Counter()
     for document in telling[0] + telling[1]:
-        (place,) = [
-            i for i, passage in enumerate(document["text"].split("\n\n")) if MASK in passage
-        ]
-        places[place] += 1
+        passages = document["text"].split("\n\n")
+        (number,) = [number for number, passage in enumerate(passages) if MASK in passage]
+        found[number] += 1
     expected = 500 / 11
-    assert all(abs(places[place] - expected) < 4 * expected**0.5 for place in range(11)), places
+    assert all(abs(found[number] - expected) < 4 * expected**0.5 for number in range(11)), found
 
 
 def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path):
     rows = []
     for i in range(60):  # two passages of every rare word
-        rows.append({
-            "text": f"they say that the man {chr(65 + i % 26)}elt{chr(97 + i % 20)} "
-            f"saw a whatsit{i % 30}."
-        })  # fmt: skip
+        name = f"{chr(65 + i % 26)}elt{chr(97 + i % 20)}"
+        rows.append({"text": f"they say that the man {name} saw a whatsit{i % 30}."})
     path = write_jsonl(tmp_path / "c.jsonl", rows)
     for document in build(path, tmp_path / "docs", 20, "--related", 1)[0]:
         passages = document["text"].split("\n\n")
@@ -438,14 +403,9 @@ def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path
 
 
 def test_pivots_without_an_entity_are_replaced(tmp_path):
-    dull = [
-        {"title": "", "text": f"nothing to see here {word}."}
-        for word in ("again", "ever", "today", "soon", "now")
-    ]
-    documents, _ = build(
-        write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 6, *dull]), tmp_path / "docs", 20
-    )
-    assert len(documents) == 20
+    dull = [{"text": f"nothing to see here {word}."} for word in "again ever today soon now".split()]
+    path = write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 7])
+    assert len(build(path, tmp_path / "docs", 20)[0]) == 20
 
 
 def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
@@ -457,23 +417,16 @@ def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
     assert [row for row, _ in hits] == [0]
 
 
+RAN = {"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]]}
+
+
 def test_a_document_may_bring_its_question_and_parts_may_come_from_iterators(tmp_path, capsys):
-    own = {
-        "id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]],
-        "question": "Who walked?",
-    }  # fmt: skip
-    fixed = {"id": "b", "text": "Ann ran.", "answer": "Bob", "entities": []}
-    data.save_documents(tmp_path / "docs", {"train": iter([own, fixed]), "heldout": iter([])})
-    assert list(data.load_documents(tmp_path / "docs", "train")) == [
-        own,
-        {**fixed, "question": None},
-    ]
-    assert len(data.load_documents(tmp_path / "docs", "heldout")) == 0
-    assert not run("show", tmp_path / "docs") and "Who walked?" in capsys.readouterr().out
-    assert (
-        not run("show", tmp_path / "docs", "--document", 1)
-        and "question" not in capsys.readouterr().out
-    )
+    docs, own = tmp_path / "docs", RAN | {"question": "Who walked?"}
+    data.save_documents(docs, {"train": iter([own, RAN]), "heldout": iter([])})
+    assert list(data.load_documents(docs, "train")) == [own, RAN | {"question": None}]
+    assert len(data.load_documents(docs, "heldout")) == 0
+    assert not run("show", docs) and "Who walked?" in capsys.readouterr().out
+    assert not run("show", docs, "--document", 1) and "question" not in capsys.readouterr().out
 
 
 def test_built_documents_leave_the_question_to_the_paper(built):
@@ -483,17 +436,15 @@ def test_built_documents_leave_the_question_to_the_paper(built):
 def test_folders_of_before_there_were_questions_can_be_read(tmp_path):
     import datasets
 
-    rows = [{"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": [[0, 3]]}]
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(
-        tmp_path / "docs"
-    )
-    assert list(data.load_documents(tmp_path / "docs", "train")) == rows
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list([RAN])})
+    parts.save_to_disk(tmp_path / "docs")
+    assert list(data.load_documents(tmp_path / "docs", "train")) == [RAN]
     assert not run("show", tmp_path / "docs")
 
 
 def test_documents_that_break_off_leave_nothing_and_a_folder_that_is_there_is_not_touched(tmp_path):
     def broken():
-        yield {"id": "a", "text": "Ann ran.", "answer": "Bob", "entities": []}
+        yield RAN
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -509,30 +460,23 @@ def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
     assert data.read_corpus(write_jsonl(tmp_path / "c.jsonl", rows))[0] == ["good", "fine"]
 
 
-@given(
-    st.lists(
-        st.sampled_from(
-            ["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]
-        ),
-        max_size=60,
-    ),
-    st.integers(3, 20),
-)
+SENTENCES = ["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]
+
+
+@given(st.lists(st.sampled_from(SENTENCES), max_size=60), st.integers(3, 20))
 def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentences, words):
     text = data.tidy(" ".join(sentences))
     pieces = data.split_article(text, words)
     assert " ".join(pieces).split() == text.split()
-    assert (
-        len(text.split()) <= 2 * words
-        and pieces == [text]
-        or all(words / 2 - 10 <= len(piece.split()) for piece in pieces)
-    )
+    if len(text.split()) <= 2 * words:
+        assert pieces == [text]
+    else:
+        assert all(words / 2 - 10 <= len(piece.split()) for piece in pieces)
 
 
 def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
-    article = " ".join(
-        f"Sentence {number} by Dr. Who has exactly nine words here." for number in range(100)
-    )
+    numbered = "Sentence {} by Dr. Who has exactly nine words here."
+    article = " ".join(numbered.format(number) for number in range(100))
     pieces = data.split_article(article, 160)
     assert all(piece.endswith("here.") and 140 <= len(piece.split()) <= 240 for piece in pieces)
     assert data.split_article(article[:1000], 160) == [article[:1000]]
@@ -541,23 +485,17 @@ def test_articles_are_cut_at_sentence_ends_and_passages_are_not():
 # ---- chunks and recalls --------------------------------------------------------------------------
 
 
-def chunkable():
-    return "\n".join(
-        row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in enumerate(world(40))
-    )
+QWEN2 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [None, r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-)
+@pytest.mark.parametrize("pattern", [None, QWEN2])
 @pytest.mark.parametrize("size", [1, 7, 64, 100_000])
 def test_chunks_are_the_tokens_of_one_call_and_the_characters_of_the_text(size, pattern):
-    tokenizer, text = byte_level(pattern), chunkable()
-    found = data.chunks(text, tokenizer, size)
-    assert [i for chunk in found for i in chunk.ids] == tokenizer(
-        text, add_special_tokens=False
-    )["input_ids"]  # fmt: skip
+    rows = enumerate(world(40))
+    text = "\n".join(row["text"] + " Ω😀é\u0301 " * (number % 3) for number, row in rows)
+    tokenizer = byte_level(pattern)
+    found, ids = data.chunks(text, tokenizer, size), tokenizer(text)["input_ids"]
+    assert [i for chunk in found for i in chunk.ids] == ids
     assert all(len(chunk.ids) == size for chunk in found[:-1]) and 0 < len(found[-1].ids) <= size
     assert "".join(text[chunk.start : chunk.end] for chunk in found) == text
 
@@ -577,43 +515,42 @@ def test_recall_targets_lie_in_their_chunk_and_fit_its_size(built, tokenizer):
     for document in built[0]:
         parts = data.chunks(document["text"], tokenizer, 60)
         recall = data.draw_recall(document, parts, tokenizer, 60, rng)
-        part = parts[recall.l - 1]
+        _, start, end = parts[recall.l - 1]
         assert 1 <= recall.l < recall.k <= len(parts) and len(recall.ids) <= 60
-        inside = [
-            document["text"][a:b]
-            for a, b in document["entities"]
-            if part.start <= a and b <= part.end
-        ]
-        assert recall.target in inside and recall.target != document["answer"]
+        inside = [(a, b) for a, b in document["entities"] if start <= a and b <= end]
+        assert recall.target in [document["text"][a:b] for a, b in inside]
+        assert recall.target != document["answer"]
         shown = tokenizer.decode(recall.ids)
         assert TARGET in shown and not slow_pattern(recall.target).search(shown)
 
 
-def test_a_recall_that_outgrew_its_chunk_loses_the_end_farther_from_the_target(tokenizer):
+@pytest.mark.parametrize("hidden", [2, 27])
+def test_a_recall_that_outgrew_its_chunk_loses_the_end_farther_from_the_target(hidden, tokenizer):
     text = " ".join(f"word{number:02d}" for number in range(30))
-    for hidden, kept in ((2, "start"), (27, "end")):
-        name = f"word{hidden:02d}"
-        start = text.index(name)
-        document = {"text": text, "answer": "-", "entities": [[start, start + len(name)]]}
-        size = len(tokenizer(text)["input_ids"])
-        whole = tokenizer(text.replace(name, TARGET))["input_ids"]
-        assert len(whole) > size
-        recall = data.draw_recall(
-            document, data.chunks(text, tokenizer, size), tokenizer, size, random.Random(0)
-        )
-        assert (recall.k, recall.l) == (1, 1)
-        assert recall.ids == (whole[:size] if kept == "start" else whole[-size:])
+    name = f"word{hidden:02d}"
+    start = text.index(name)
+    document = {"text": text, "answer": "-", "entities": [[start, start + len(name)]]}
+    size = len(tokenizer(text)["input_ids"])
+    whole = tokenizer(text.replace(name, TARGET))["input_ids"]
+    assert len(whole) > size
+    parts = data.chunks(text, tokenizer, size)
+    recall = data.draw_recall(document, parts, tokenizer, size, random.Random(0))
+    assert (recall.k, recall.l) == (1, 1)
+    assert recall.ids == (whole[:size] if hidden == 2 else whole[-size:])
+
+
+def encode(text, **options):
+    return {"input_ids": [0]}
 
 
 def test_k_l_and_the_target_are_uniform():
-    document = {
-        "text": "a b c d e f g h", "answer": "-", "entities": [[2 * i, 2 * i + 1] for i in range(8)]
-    }  # fmt: skip
     # two names in each of four chunks
+    spans = [[2 * i, 2 * i + 1] for i in range(8)]
+    document = {"text": "a b c d e f g h", "answer": "-", "entities": spans}
     parts = [data.Chunk([0, 0], 4 * i, 4 * i + 3) for i in range(4)]
     rng, counts = random.Random(0), collections.Counter()
     for _ in range(6000):
-        recall = data.draw_recall(document, parts, lambda text, **_: {"input_ids": [0]}, 2, rng)
+        recall = data.draw_recall(document, parts, encode, 2, rng)
         counts[recall.k, recall.l, recall.target] += 1
     for (k, l, _), count in counts.items():
         expected = 6000 / 3 / (k - 1) / 2
@@ -622,78 +559,56 @@ def test_k_l_and_the_target_are_uniform():
 
 
 def test_chunks_without_an_entity_are_passed_over():
-    encode = lambda text, **_: {"input_ids": [0]}  # noqa: E731
-    parts = [data.Chunk([0], i, i + 1) for i in range(5)]
-    only_fourth = {"text": "abcde", "answer": "a", "entities": [[0, 1], [3, 4]]}
-    recalls = [
-        data.draw_recall(only_fourth, parts, encode, 1, random.Random(seed)) for seed in range(50)
-    ]
+    def draw(answer, spans, seed=0, count=5):
+        document = {"text": "abcde", "answer": answer, "entities": spans}
+        parts = [data.Chunk([0], i, i + 1) for i in range(count)]
+        return data.draw_recall(document, parts, encode, 1, random.Random(seed))
+
+    recalls = [draw("a", [[0, 1], [3, 4]], seed) for seed in range(50)]
     assert {(recall.k, recall.l, recall.target) for recall in recalls} == {(5, 4, "d")}
-    # no later memory is left to recall it from
-    only_last = {"text": "abcde", "answer": "-", "entities": [[4, 5]]}
-    assert data.draw_recall(only_last, parts, encode, 1, random.Random(0)) is None
-    across = {"text": "abcde", "answer": "-", "entities": [[1, 3]]}  # lies in no chunk wholly
-    assert data.draw_recall(across, parts, encode, 1, random.Random(0)) is None
-    assert (
-        data.draw_recall({**only_last, "entities": []}, parts[:1], encode, 1, random.Random(0))
-        is None
-    )
+    assert draw("-", [[4, 5]]) is None  # no later memory is left to recall the last from
+    assert draw("-", [[1, 3]]) is None  # lies in no chunk wholly
+    assert draw("-", [], count=1) is None
 
 
-def draws(tokenizer, chunks, count=8000, empty=()):
+def draws(chunks, count=8000, empty=()):
     """(k, l) of recalls of a document with one entity in every chunk but those in `empty`."""
-    text, spans = "", []
-    for chunk in range(chunks):
-        name = "none" if chunk + 1 in empty else f"Ann{chunk}"
-        spans += [[len(text), len(text) + len(name)]] if name != "none" else []
-        text += name + " ran to the town and back again. "
-    size = 40
-    parts = [
-        data.Chunk([], start, start + len(text) // chunks)
-        for start in range(0, len(text), len(text) // chunks)
-    ]
+    text, spans, parts = "", [], []
+    for number in range(1, chunks + 1):
+        start, text = len(text), f"{text}Ann{number} ran. "
+        parts.append(data.Chunk([], start, len(text)))
+        if number not in empty:
+            spans.append([start, start + 4])
     document, rng = {"text": text, "answer": "Paris", "entities": spans}, random.Random(0)
-    found = [
-        data.draw_recall(document, parts[:chunks], tokenizer, size, rng)
-        for _ in range(count)
-    ]
+    found = [data.draw_recall(document, parts, encode, 40, rng) for _ in range(count)]
     return [(recall.k, recall.l) for recall in found if recall]
 
 
-def test_after_asks_for_sections_that_were_read_before_turn_k(tokenizer):
-    found = draws(tokenizer, 5)
-    assert set(found) == {(k, l) for k in range(2, 6) for l in range(1, k)}
+def test_recalls_ask_for_sections_that_were_read_before_turn_k():
+    assert set(draws(5)) == {(k, l) for k in range(2, 6) for l in range(1, k)}
+    assert set(draws(1, 9)) == {(1, 1)}
 
 
-def test_a_section_without_entities_is_replaced_by_one_that_goes_with_the_step(tokenizer):
-    for empty in [{2, 3}, {2, 3, 4}, {2, 3, 4, 5}]:
-        found = draws(tokenizer, 5, 300, empty)
-        assert {l for _, l in found} == {l for l in range(1, 5) if l not in empty}
-        assert all(l < k <= 5 for k, l in found)
-
-
-def test_a_document_of_one_section_is_asked_for_that(tokenizer):
-    assert set(draws(tokenizer, 1, 9)) == {(1, 1)}
+@pytest.mark.parametrize("empty", [{2, 3}, {2, 3, 4}, {2, 3, 4, 5}])
+def test_a_section_without_entities_is_replaced_by_one_that_goes_with_the_step(empty):
+    found = draws(5, 300, empty)
+    assert {l for _, l in found} == {l for l in range(1, 5) if l not in empty}
+    assert all(l < k <= 5 for k, l in found)
 
 
 def test_show_prints_chunks_masks_and_the_answer(corpus, tmp_path, tokenizer, capsys):
-    (document,), _ = build(corpus, tmp_path / "docs", 1, "--heldout", 0)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    docs, words = tmp_path / "docs", tmp_path / "tokenizer"
+    (document,), _ = build(corpus, docs, 1, "--heldout", 0)
+    tokenizer.save_pretrained(words)
     capsys.readouterr()
-    assert not run(
-        "show", tmp_path / "docs", "--tokenizer", tmp_path / "tokenizer", "--chunk_tokens", 100
-    )
+    assert not run("show", docs, "--tokenizer", words, "--chunk_tokens", 100)
     printed = capsys.readouterr().out
-    assert (
-        f"is {document['answer']!r}" in printed
-        and printed.count(MASK) == document["text"].count(MASK) + 1
-    )
-    assert "chunk 2 of" in printed and "100 tokens" in printed and TARGET in printed
-    assert not run("show", tmp_path / "docs") and document["text"] in capsys.readouterr().out
-    assert (
-        run("show", tmp_path / "docs", "--document", 1) == 2
-        and "train has 1 documents" in capsys.readouterr().err
-    )
+    for part in f"is {document['answer']!r}", "chunk 2 of", "100 tokens", TARGET:
+        assert part in printed
+    assert printed.count(MASK) == document["text"].count(MASK) + 1
+    assert not run("show", docs) and document["text"] in capsys.readouterr().out
+    assert run("show", docs, "--document", 1) == 2
+    assert "train has 1 documents" in capsys.readouterr().err
 
 
 # ---- file formats --------------------------------------------------------------------------------
@@ -705,35 +620,33 @@ PASSAGES = [
 
 
 def as_parquet(path, rows):
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow import Table, parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(Table.from_pylist(rows), path)
     return str(path)
+
+
+def write_rows(path, rows):
+    """The rows as a file of the kind that its name says."""
+    if path.suffix == ".parquet":
+        return as_parquet(path, rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+        return str(path)
+    return write_jsonl(path, rows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "wiki-18", "folder"])
 def test_a_corpus_may_come_in_any_form(kind, tmp_path):
-    if kind == "json":
-        (tmp_path / "c.json").write_text(json.dumps(PASSAGES))
-        path = str(tmp_path / "c.json")
-    elif kind == "parquet":
-        path = as_parquet(tmp_path / "c.parquet", PASSAGES)
-    elif kind == "wiki-18":
-        path = write_jsonl(
-            tmp_path / "c.jsonl",
-            [{"id": row["id"], "contents": f'"{row["title"]}"\n{row["text"]}'} for row in PASSAGES],
-        )
-    elif kind == "folder":
-        write_jsonl(tmp_path / "part.jsonl", PASSAGES)
-        path = str(tmp_path)
-    else:
-        path = write_jsonl(tmp_path / f"c.{kind}", PASSAGES)
+    rows = PASSAGES
+    if kind == "wiki-18":
+        rows = [{"id": r["id"], "contents": f'"{r["title"]}"\n{r["text"]}'} for r in PASSAGES]
+    ending = "jsonl" if kind in ("wiki-18", "folder") else kind
+    path = write_rows(tmp_path / f"c.{ending}", rows)
+    path = str(tmp_path) if kind == "folder" else path
     assert [data.passage(*row) for row in data.read_rows(path)] == PASSAGES
-    assert sorted(data.read_corpus(path, limit=5)[0]) == [
-        "Nile\nA river in Egypt.",
-        "Rome\nA city in Italy.",
-    ]  # streamed
+    texts = ["Rome\nA city in Italy.", "Nile\nA river in Egypt."]
+    assert data.read_corpus(path, limit=5)[0] == texts
 
 
 def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, capsys):
@@ -764,56 +677,43 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
 
 
 def test_a_passages_title_is_its_first_line_where_it_has_two():
-    assert data.passage("f:1", {"contents": "Just a text."}) == {
-        "id": "f:1", "title": "", "text": "Just a text.",
-    }  # fmt: skip
+    wanted = {"id": "f:1", "title": "", "text": "Just a text."}
+    assert data.passage("f:1", {"contents": "Just a text."}) == wanted
     assert data.passage("f:1", {"id": 10**400, "text": "x"})["id"] == str(10**400)
     row = {"id": float("nan"), "title": float("nan"), "text": "half \ud800"}
     assert data.passage("f:1", row) == {"id": "f:1", "title": "", "text": "half \ufffd"}
-    for row in {"text": "x", "title": ["a"]}, {"text": "x", "id": {}}, {"text": "x", "id": [True]}:
-        if any(row.values()):
-            with pytest.raises(InputError, match="f:1: (title|id): must be a text"):
-                data.passage("f:1", row)
+    for row in {"title": ["a"]}, {"id": {}}, {"id": [True]}:
+        with pytest.raises(InputError, match="f:1: (title|id): must be a text"):
+            data.passage("f:1", {"text": "x", **row})
 
 
 def test_plain_text_loses_its_hard_line_breaks_and_keeps_its_paragraphs(tmp_path):
     (tmp_path / "c.txt").write_text("He saw New\nYork.\n\nThen\nhe left.\n")
     assert data.read_corpus(str(tmp_path / "c.txt"))[0] == ["He saw New York.\nThen he left."]
     (tmp_path / "long.txt").write_text("One word more here.\n\n" * 3000)
-    assert (
-        sum(
-            len(text.split())
-            for text in [row["text"] for _, row in data.read_rows(str(tmp_path / "long.txt"))]
-        )
-        == 12000
-    )
+    ((_, row),) = data.read_rows(str(tmp_path / "long.txt"))
+    assert len(row["text"].split()) == 12000
 
 
 def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
     import datasets
     import huggingface_hub
 
-    asked = []
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(PASSAGES),
-    )
+    path = as_parquet(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
+    rows, asked = datasets.Dataset.from_list(PASSAGES), []
+    load = lambda *a, **k: asked.append((a, k)) or rows  # noqa: E731
+    download = lambda *a, **k: asked.append((a, k)) or path  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert len(list(data.read_rows("wikimedia/wikipedia:20231101.en"))) == 2
     assert len(list(data.read_rows("RUC-NLPIR/FlashRAG_datasets:nq:dev"))) == 2
+    assert data.load_questions("BytedTsinghua-SIA/hotpotqa")[0]["answers"] == ["Ann"]
+    memagent = "BytedTsinghua-SIA/hotpotqa", "hotpotqa_train_32k.parquet"
     assert asked == [
         (("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": False}),
         (("RUC-NLPIR/FlashRAG_datasets", "nq"), {"split": "dev", "streaming": False}),
+        (memagent, {"repo_type": "dataset"}),
     ]
-    path = as_parquet(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or path
-    )
-    assert data.load_questions("BytedTsinghua-SIA/hotpotqa")[0]["answers"] == ["Ann"]
-    assert asked[-1] == (
-        ("BytedTsinghua-SIA/hotpotqa", "hotpotqa_train_32k.parquet"),
-        {"repo_type": "dataset"},
-    )
 
 
 MEMAGENT = {
@@ -823,13 +723,9 @@ MEMAGENT = {
     "extra_info": {"index": 4, "question": "Who?", "num_docs": 1},
     "scores": [{"model": {"em": [0.5]}}],
 }  # fmt: skip
-WANTED = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"], "context": "Document 1:\nA\nb"}
-
-
-IN_THE_EVALUATION = {
-    "context": WANTED["context"], "input": "Who?", "answers": ["Ann", "Anna"], "index": 4,
-}  # fmt: skip
+CONTEXT = {"context": MEMAGENT["context"]}
 PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
+IN_THE_EVALUATION = {"input": "Who?", "answers": ["Ann", "Anna"], "index": 4} | CONTEXT
 
 
 @pytest.mark.parametrize("kind, row", [
@@ -844,60 +740,21 @@ PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
     ("jsonl", {"id": "4", "question": "Who? ", "golden_answers": ["Ann", "Anna"], "metadata": {}}),
 ])  # fmt: skip
 def test_questions_may_come_in_any_form(kind, row, tmp_path):
-    path = tmp_path / f"q.{kind}"
-    if kind == "parquet":
-        as_parquet(path, [row])
-    elif kind == "json":
-        path.write_text(json.dumps([row]))
-    else:
-        write_jsonl(path, [row])
-    (found,) = data.load_questions(str(path))
-    wanted = {
-        **WANTED,
-        "source": row.get("data_source", ""),
-        "context": WANTED["context"] if "context" in row else "",
-    }
-    assert found == wanted
-
-
-@pytest.mark.parametrize(
-    "answer, golds",
-    [
-        ('["x", "y\'s"]', ["x", "y's"]),
-        ("[sic]", ["[sic]"]),
-        ("{1, 2}", ["{1, 2}"]),
-        ("x", ["x"]),
-        (["['x']"], ["['x']"]),
-        (1992, ["1992"]),
-    ],
-)
-def test_golds_as_json_text_are_read_and_other_text_is_a_gold(answer, golds):
-    assert data.question_row("f:1", {"question": "Who?", "answers": answer})["answers"] == golds
-
-
-def test_golds_of_several_questions_in_one_row_are_refused_rather_than_taken_for_an_answer():
-    row = {
-        "question": "Who?; Where?",
-        "reward_model": {"ground_truth": {"target": [["Ann"], ["Rome"]]}},
-    }
-    with pytest.raises(InputError, match="f:1: golds of 2 questions at once"):
-        data.question_row("f:1", row)
+    (found,) = data.load_questions(write_rows(tmp_path / f"q.{kind}", [row]))
+    wanted = PLAIN | {"source": row.get("data_source", ""), "context": ""}
+    assert found == wanted | (CONTEXT if "context" in row else {})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_questions_are_paired_within_their_source_in_order(count):
-    rows = [
-        {"id": f"{source}{n}", "source": source, "question": f"{source}{n}?",
-         "answers": [n], "context": ""}
-        for n in range(7)
-        for source in "ab"
-    ]  # fmt: skip
+    names = [f"{source}{n}" for n in range(7) for source in "ab"]
+    rows = [{"id": n, "source": n[0], "question": f"{n}?", "answers": [n]} for n in names]
     joined = data.pair_questions(rows, count)
     assert len(joined) == 2 * (7 // count)
     for number, row in enumerate(joined[: 7 // count]):
-        members = range(number * count, (number + 1) * count)
-        assert row["question"] == "; ".join(f"a{n}?" for n in members)
-        assert row["answers"] == [[n] for n in members]
+        members = [f"a{n}" for n in range(number * count, (number + 1) * count)]
+        assert row["question"] == "; ".join(f"{name}?" for name in members)
+        assert row["answers"] == [[name] for name in members]
 
 # ---- questions as other code bases have them ----------------------------------------------------
 
@@ -905,28 +762,18 @@ def test_questions_are_paired_within_their_source_in_order(count):
 def pairs_row(number=0):
     """A row in the columns of the released search training file."""
     joined = f"Who is {number}?; Where; or when, is {number}?"
+    prompt = f"Search; then answer.\n\nAnswer these questions: {joined}\n"
     return {
         "data_source": "nq_hotpotqa",
-        "prompt": [
-            {
-                "content": f"Search; then answer.\n\nAnswer these questions: {joined}\n",
-                "role": "user",
-            }
-        ],
+        "prompt": [{"content": prompt, "role": "user"}],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": [["Ann", "Anna"], ["Rome"]]}},
         "extra_info": {"index": number, "split": "train", "question": joined},
     }
 
 
-def write_rows(path, rows):
-    return (as_parquet if path.suffix == ".parquet" else write_jsonl)(path, rows)
-
-
-def changed(row, name, value):
-    """The row with another value in a field; "a.b" is a field of a struct."""
-    first, _, rest = name.partition(".")
-    return row | {first: changed(row[first] or {}, rest, value) if rest else value}
+def with_golds(golds):
+    return pairs_row() | {"reward_model": {"ground_truth": golds}}
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
@@ -934,11 +781,10 @@ def changed(row, name, value):
 def test_joined_questions_stay_as_they_are_whatever_the_number_asked_for(
     objectives, ending, tmp_path
 ):
-    path = write_rows(tmp_path / f"train.{ending}", [pairs_row(number) for number in range(3)])
-    rows = data.load_questions(path, objectives)
-    assert [row["question"] for row in rows] == [
-        pairs_row(n)["extra_info"]["question"] for n in range(3)
-    ]
+    pairs = [pairs_row(number) for number in range(3)]
+    rows = data.load_questions(write_rows(tmp_path / f"train.{ending}", pairs), objectives)
+    asked = [row["extra_info"]["question"] for row in pairs]
+    assert [row["question"] for row in rows] == asked
     assert all(row["answers"] == [["Ann", "Anna"], ["Rome"]] for row in rows)
 
 
@@ -957,8 +803,8 @@ def test_single_questions_beside_joined_ones_are_joined_as_ever(tmp_path):
     {"target": [[b"Ann", "Anna"], ["Rome"]]},
 ])  # fmt: skip
 def test_golds_of_several_questions_are_read_however_they_are_written(golds):
-    row = changed(pairs_row(), "reward_model.ground_truth", golds)
-    assert data.question_row("f:1", row, several=True)["answers"] == [["Ann", "Anna"], ["Rome"]]
+    found = data.question_row("f:1", with_golds(golds), several=True)
+    assert found["answers"] == [["Ann", "Anna"], ["Rome"]]
 
 
 @pytest.mark.parametrize("golds, words", [
@@ -980,7 +826,7 @@ def test_golds_of_several_questions_are_read_however_they_are_written(golds):
     (b"\xff", "not UTF-8"),
 ])  # fmt: skip
 def test_golds_that_do_not_go_with_their_questions_are_named_in_one_line(golds, words, tmp_path):
-    row = changed(pairs_row(), "reward_model.ground_truth", golds)
+    row = with_golds(golds)
     with pytest.raises(InputError, match=f"f:7: .*{words}") as error:
         data.question_row("f:7", row, several=True)
     assert "\n" not in str(error.value)
@@ -990,13 +836,6 @@ def test_joined_questions_are_refused_where_one_is_answered(tmp_path):
     path = write_rows(tmp_path / "train.parquet", [pairs_row()])
     with pytest.raises(InputError, match="row 1: golds of 2 questions at once"):
         data.load_questions(path)
-
-
-def test_too_few_questions_to_join_are_an_error(tmp_path, capsys):
-    path = write_rows(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["Ann"]}])
-    with pytest.raises(InputError, match="q.jsonl: no questions"):
-        data.load_questions(path, 2)
-    assert "left out 1 questions, too few to be joined by 2" in capsys.readouterr().err
 
 
 @real
@@ -1016,7 +855,9 @@ def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
 
 
 @pytest.mark.parametrize("answers, golds", [
-    (["Ann", None], ["Ann"]), (["Ann", "Anna"], ["Ann", "Anna"]),
+    (["Ann", None], ["Ann"]), (["Ann", "Anna"], ["Ann", "Anna"]), ("x", ["x"]), (1992, ["1992"]),
+    ('["x", "y\'s"]', ["x", "y's"]), ("[sic]", ["[sic]"]), ("{1, 2}", ["{1, 2}"]),
+    (["['x']"], ["['x']"]),
     (b"Ann", ["Ann"]), (1992.0, ["1992"]), (2.5, ["2.5"]),
     ({"target": "Ann"}, ["Ann"]), ({"target": ["Ann"]}, ["Ann"]),
     ({"target": [["Ann", "Anna"]]}, ["Ann", "Anna"]),
@@ -1143,10 +984,19 @@ def test_golds_that_joined_answers_cannot_give_are_left_out_and_counted(tmp_path
     assert [row["answers"] for row in data.load_questions(path, 2)] == [[["x"], ["z"]]]
 
 
-def test_questions_that_are_too_few_to_be_joined_are_counted(tmp_path, capsys):
-    rows = [{"question": f"{n}?", "answers": ["a"], "data_source": "xxxyy"[n]} for n in range(5)]
-    assert len(data.load_questions(write_jsonl(tmp_path / "q.jsonl", rows), 2)) == 2
-    assert "q.jsonl: left out 1 questions, too few to be joined by 2" in capsys.readouterr().err
+@pytest.mark.parametrize("sources, joined, rest", [("xxxyy", 2, 1), ("x", 0, 1)])
+def test_questions_that_are_too_few_to_be_joined_are_counted(
+    sources, joined, rest, tmp_path, capsys
+):
+    rows = [GOOD | {"data_source": source} for source in sources]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    if joined:
+        assert len(data.load_questions(path, 2)) == joined
+    else:
+        with pytest.raises(InputError, match="q.jsonl: no questions"):
+            data.load_questions(path, 2)
+    said = capsys.readouterr().err
+    assert f"q.jsonl: left out {rest} questions, too few to be joined by 2" in said
 
 
 # ---- long documents ------------------------------------------------------------------------------
@@ -1154,79 +1004,56 @@ def test_questions_that_are_too_few_to_be_joined_are_counted(tmp_path, capsys):
 
 def hotpot(questions=20, paragraphs=5):
     for number in range(questions):
-        context = [
-            [f"Title {number}.{p}", f"Text {number}.{p}."] for p in range(paragraphs - 1)
-        ] + [["Shared", f"Of {number}."]]
-        yield {
-            "id": f"q{number}", "question": f"Q{number}?", "answers": [f"a{number}"],
-            "context": context, "supporting_facts": [[f"Title {number}.3", 0], ["Shared", 0]],
-        }  # fmt: skip
+        titles = [f"Title {number}.{p}" for p in range(paragraphs - 1)]
+        context = [[title, f"Text of {title}."] for title in titles] + [["Shared", f"Of {number}."]]
+        question = {"question": f"Q{number}?", "answers": [f"a{number}"], "context": context}
+        yield question | {"id": f"q{number}", "supporting_facts": [[titles[3], 0], ["Shared", 0]]}
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
 def test_long_documents_keep_their_paragraphs_and_share_no_title(name, tmp_path):
-    source = write_jsonl(tmp_path / "q.jsonl", hotpot())
+    source, orders = write_jsonl(tmp_path / "q.jsonl", hotpot()), set()
     assert not run("longqa", "--questions", source, "--documents", 40, "--out", tmp_path / name)
-    places = set()
     for row, question in zip(hotpot(), data.load_questions(str(tmp_path / name)), strict=True):
         documents = re.fullmatch(r"Document 1:\n(.*)", question["context"], re.DOTALL)[1]
         documents = re.split(r"\n\nDocument \d+:\n", documents)
         titles = [document.split("\n")[0] for document in documents]
         assert len(set(titles)) == len(titles) == 40
         assert {f"{title}\n{text}" for title, text in row["context"]} <= set(documents)
-        places.add(tuple(titles.index(title) for title, _ in row["context"]))
+        orders.add(tuple(titles.index(title) for title, _ in row["context"]))
         assert (question["question"], question["answers"]) == (row["question"], row["answers"])
     # a seed per question: the own paragraphs stand somewhere else each time
-    assert len(places) == 20
+    assert len(orders) == 20
 
 
 def test_documents_without_room_for_a_questions_own_paragraphs_are_refused(tmp_path, capsys):
-    source = write_jsonl(tmp_path / "q.jsonl", hotpot())
-    assert (
-        run("longqa", "--questions", source, "--documents", 4, "--out", tmp_path / "out.jsonl") == 2
-    )
-    assert (
-        "q.jsonl:1: 5 paragraphs of its own" in capsys.readouterr().err
-        and not (tmp_path / "out.jsonl").exists()
-    )
+    source, out = write_jsonl(tmp_path / "q.jsonl", hotpot()), tmp_path / "out.jsonl"
+    for documents, words in (4, "q.jsonl:1: 5 paragraphs of its own"), (99, "81 paragraphs of"):
+        assert run("longqa", "--questions", source, "--documents", documents, "--out", out) == 2
+        assert words in capsys.readouterr().err and not out.exists()
 
 
-def test_long_documents_are_a_function_of_the_seed(tmp_path):
-    source = write_jsonl(
-        tmp_path / "q.jsonl",
-        [*hotpot(), {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}],
-    )
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(
-            "longqa",
-            "--questions",
-            source,
-            "--documents",
-            30,
-            "--out",
-            tmp_path / name / "out.jsonl",
-            "--seed",
-            seed,
-        )
-    a, b, c = [(tmp_path / name / "out.jsonl").read_text() for name in "abc"]
-    assert a == b != c and len(a.splitlines()) == 20
+def test_long_documents_are_a_function_of_the_seed(tmp_path, capsys):
+    bare = {"id": "x", "question": "Q?", "answers": ["no paragraphs"]}
+    source, texts = write_jsonl(tmp_path / "q.jsonl", [*hotpot(), bare]), []
+    for number, seed in enumerate([0, 0, 1]):
+        out = tmp_path / str(number) / "out.jsonl"
+        command = "longqa", "--questions", source, "--documents", 30, "--out", out, "--seed", seed
+        assert not run(*command)
+        texts.append(out.read_text())
+    assert texts[0] == texts[1] != texts[2] and len(texts[0].splitlines()) == 20
+    assert "left out 1 questions, which have no paragraphs" in capsys.readouterr().err
 
 
 # ---- retrieval -----------------------------------------------------------------------------------
 
 
 def test_bm25_finds_the_passage_and_leaves_out_what_shares_no_word(tmp_path):
-    path = write_jsonl(
-        tmp_path / "p.jsonl", PASSAGES + [{"id": "3", "title": "Oslo", "text": "A city in Norway."}]
-    )
-    search = data.open_retriever(path)
+    oslo = {"id": "3", "title": "Oslo", "text": "A city in Norway."}
+    search = data.open_retriever(write_jsonl(tmp_path / "p.jsonl", [*PASSAGES, oslo]))
     norway, nothing, both = search(["where is norway", "zebra ?", "city"], 5)
-    assert [hit["id"] for hit in norway] == ["3"] and nothing == []
+    assert norway == [oslo] and nothing == []
     assert {hit["id"] for hit in both} == {"1", "3"}
-    assert (
-        norway[0]["title"] == "Oslo"
-        and norway[0]["text"] == "A city in Norway."
-    )
     assert search([], 3) == []
 
 
@@ -1327,26 +1154,21 @@ def server(monkeypatch):
 
 def test_a_search_server_is_asked_once_for_all_queries(server):
     search = data.open_retriever(server.url)
-    assert (
-        search(["a", "b"], 2)
-        == [[{"id": "7", "title": "Rome", "text": "A city."}] * 2] * 2
-    )
-    assert server.requests == [
-        ("/retrieve", {"queries": ["a", "b"], "topk": 2, "return_scores": True})
-    ]
+    rome = {"id": "7", "title": "Rome", "text": "A city."}
+    assert search(["a", "b"], 2) == [[rome] * 2] * 2
+    request = {"queries": ["a", "b"], "topk": 2, "return_scores": True}
+    assert server.requests == [("/retrieve", request)]
     assert search([], 2) == [] and search([" ", ""], 2) == [[], []] and len(server.requests) == 1
     found = search(["a", " ", "b"], 1)
     assert list(map(len, found)) == [1, 0, 1] and server.requests[1][1]["queries"] == ["a", "b"]
 
 
-def test_a_search_server_that_fails_or_is_late_and_recovers_is_asked_again(server, monkeypatch):
+@pytest.mark.parametrize("plan", [[500, "cut", 503, 429], ["late"]])
+def test_a_search_server_that_fails_or_is_late_is_asked_again(plan, server, monkeypatch):
     monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
-    for plan in ([500, "cut", 503, 429], ["late"]):
-        server.requests, server.plan = [], list(plan)
-        assert (
-            data.open_retriever(server.url)(["a"], 1)[0][0]["title"] == "Rome"
-            and len(server.requests) == len(plan) + 1
-        )
+    server.plan = list(plan)
+    assert data.open_retriever(server.url)(["a"], 1)[0][0]["title"] == "Rome"
+    assert len(server.requests) == len(plan) + 1
 
 
 def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(server):
@@ -1411,22 +1233,8 @@ def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(
     content, message, tmp_path, capsys
 ):
     (tmp_path / "c.jsonl").write_text(content)
-    arguments = [
-        "build",
-        "--corpus",
-        tmp_path / "c.jsonl",
-        "--out",
-        tmp_path / "out",
-        "--documents",
-        2,
-        "--ner",
-        "rules",
-        "--related",
-        4,
-        "--random",
-        6,
-    ]
-    assert run(*arguments) == 2
+    paths = ["--corpus", tmp_path / "c.jsonl", "--out", tmp_path / "out", "--documents", 2]
+    assert run("build", *paths, "--ner", "rules", "--related", 4, "--random", 6) == 2
     # a bar, where the machine is slow
     shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
     errors = [line for line in shown if line and "entities:" not in line]
@@ -1434,61 +1242,52 @@ def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
-def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(tmp_path):
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:40])
-    (tmp_path / "bad.parquet").write_bytes(b"no")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    (tmp_path / "one.json").write_text('{"text": 1}')
-    (tmp_path / "broken.json").write_text('[\n{"a":\n]')
-    (tmp_path / "book.epub").write_text("x")
-    (tmp_path / "utf16.jsonl").write_text('{"text": "x"}', "utf-16")
-    (tmp_path / "utf16.txt").write_text("some text", "utf-16")
-    (tmp_path / "nul.txt").write_text("some text", "utf-16-le")
-    (tmp_path / "twice.jsonl").write_text('{"text": "x", "meta": {"a": 1, "a": 2}}')
-    (tmp_path / "pretty.jsonl").write_text(json.dumps({"text": "x"}, indent=1))
-    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 10**5)
-    (tmp_path / "digits.jsonl").write_text('{"text": "x", "id": ' + "1" * 5000 + "}")
-    (tmp_path / "after.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n') + b"no gz")
-    for name, message in [
-        ("none.jsonl", "no such file"),
-        ("cut.jsonl.gz", "can't be read"),
-        ("bad.parquet", "can't be read as parquet"),
-        ("latin.jsonl", "can't be read.*utf-8"),
-        ("one.json", "a JSON list of rows is wanted"),
-        ("utf16.jsonl", "can't be read as UTF-8"),
-        ("utf16.txt", "can't be read as UTF-8"),
-        ("nul.txt:1", "a NUL"),
-        ("twice.jsonl:1", "not JSON.*a key stands twice"),
-        ("pretty.jsonl:1", "not JSON.*a row in each line"),
-        ("deep.jsonl:1", "not JSON"),
-        ("digits.jsonl:1", "not JSON"),
-        ("after.jsonl.gz", "can't be read"),
-        ("broken.json", "not JSON.*line 3"),
-        ("book.epub", "unknown kind of file"),
-    ]:
-        with pytest.raises(InputError, match=f"{name}: {message}"):
-            list(data.read_rows(str(tmp_path / name.removesuffix(":1"))))
-    with pytest.raises(InputError, match="q.jsonl:1: no answer; a row needs both"):
-        data.load_questions(write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "Who?"}]))
-    with pytest.raises(InputError, match="q.jsonl:1: context: .* is no paragraph"):
-        data.load_questions(
-            write_jsonl(
-                tmp_path / "q.jsonl",
-                [{"question": "Who?", "answers": ["Ann"], "context": [["title"]]}],
-            )
-        )
+ROW = b'{"text": "x"}\n'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.jsonl", None, "no such file"),
+    ("cut.jsonl.gz", gzip.compress(ROW * 1000)[:40], "can't be read"),
+    ("after.jsonl.gz", gzip.compress(ROW) + b"no gz", "can't be read"),
+    ("bad.parquet", b"no", "can't be read as parquet"),
+    ("latin.jsonl", b'{"text": "\xe9"}\n', "can't be read.*utf-8"),
+    ("utf16.jsonl", '{"text": "x"}'.encode("utf-16"), "can't be read as UTF-8"),
+    ("utf16.txt", "some text".encode("utf-16"), "can't be read as UTF-8"),
+    ("nul.txt", "some text".encode("utf-16-le"), "a NUL"),
+    ("one.json", b'{"text": 1}', "a JSON list of rows is wanted"),
+    ("broken.json", b'[\n{"a":\n]', "not JSON.*line 3"),
+    ("twice.jsonl", b'{"text": "x", "meta": {"a": 1, "a": 2}}', "not JSON.*a key stands twice"),
+    ("pretty.jsonl", b'{\n "text": "x"\n}', "not JSON.*a row in each line"),
+    ("deep.jsonl", b'{"text": ' + b"[" * 10**5, "not JSON"),
+    ("digits.jsonl", b'{"text": "x", "id": ' + b"1" * 5000 + b"}", "not JSON"),
+    ("book.epub", b"x", "unknown kind of file"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(
+    name, content, message, tmp_path
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = ":1" if name.endswith((".jsonl", ".txt")) and re.match("a NUL|not JSON", message) else ""
+    with pytest.raises(InputError, match=f"{name}{line}: {message}"):
+        list(data.read_rows(str(tmp_path / name)))
+
+
+def test_questions_and_documents_that_lack_something_are_errors(tmp_path):
+    for row, message in [({"question": "Who?"}, "no answer; a row needs both"),
+                         (GOOD | {"context": [["title"]]}, "context: .* is no paragraph")]:  # fmt: skip
+        with pytest.raises(InputError, match=f"q.jsonl:1: {message}"):
+            data.load_questions(write_jsonl(tmp_path / "q.jsonl", [row]))
     with pytest.raises(InputError, match="no documents here"):
         data.load_documents(tmp_path, "train")
 
 
-def test_an_output_that_is_there_already_is_not_touched(corpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "command", [["build", "--documents", 1, "--corpus"], ["longqa", "--questions"]]
+)
+def test_an_output_that_is_there_already_is_not_touched(command, corpus, tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text("mine")
-    for arguments in (
-        ["build", "--corpus", corpus, "--documents", 1],
-        ["longqa", "--questions", corpus],
-    ):
-        assert run(*arguments, "--out", tmp_path / "out.jsonl") == 2
-        assert "is there already" in capsys.readouterr().err
+    assert run(*command, corpus, "--out", tmp_path / "out.jsonl") == 2
+    assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
@@ -1522,10 +1321,8 @@ def test_real_articles_become_documents_of_the_papers_size(tmp_path):
     for document in data.load_documents(tmp_path / "docs", "train"):
         assert 20_000 < len(document["text"].split()) < 28_000  # words; 24k-40k tokens
         assert not slow_pattern(document["answer"]).search(document["text"])
-        assert all(
-            MASK not in document["text"][a:b] and "\n" not in document["text"][a:b]
-            for a, b in document["entities"]
-        )
+        names = [document["text"][a:b] for a, b in document["entities"]]
+        assert not any(MASK in name or "\n" in name for name in names)
 
 
 @real
@@ -1537,27 +1334,18 @@ def test_real_articles_become_documents_of_the_papers_size(tmp_path):
 def test_real_questions_load(name, count):
     rows = data.load_questions(str(REAL / name))
     assert len(rows) == count and len({row["id"] for row in rows}) == count
-    assert all(
-        row["question"]
-        and row["answers"]
-        and all(isinstance(answer, str) for answer in row["answers"])
-        for row in rows
-    )
+    for row in rows:
+        assert row["question"] and row["answers"]
+        assert all(isinstance(answer, str) for answer in row["answers"])
 
 
 @real
 def test_bm25_finds_a_gold_paragraph_for_most_real_questions(tmp_path):
-    with gzip.open(REAL / "hotpotqa_dev_even.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [row for _, row in data.read_rows(str(REAL / "hotpotqa_dev_even.jsonl.gz"))]
     pool = {title: text for row in rows for title, text in row["context"]}
-    path = write_jsonl(
-        tmp_path / "p.jsonl", [{"title": title, "text": text} for title, text in pool.items()]
-    )
-    found = data.open_retriever(path, cache=tmp_path)([row["question"] for row in rows], 3)
-    hit = [
-        bool(
-            {title for title, _ in row["supporting_facts"]} & {passage["title"] for passage in hits}
-        )
-        for row, hits in zip(rows, found)
-    ]
+    passages = [{"title": title, "text": text} for title, text in pool.items()]
+    search, hit = data.open_retriever(write_jsonl(tmp_path / "p.jsonl", passages)), []
+    for row, hits in zip(rows, search([row["question"] for row in rows], 3)):
+        gold = {title for title, _ in row["supporting_facts"]}
+        hit.append(any(passage["title"] in gold for passage in hits))
     assert np.mean(hit) > 0.85

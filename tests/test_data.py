@@ -190,7 +190,8 @@ def test_unfair_answers_are_left_out():
         "According to Ann, One of the 1,200 visitors met a man. Music is loud, music is long; "
         "The WHO and X agree. Rome fell in Rome."
     )
-    names = "According|Ann|One|the|1,200|Music|WHO|X|Rome|MASK|[TARGET]|7|twenty-one|a\nb|".split("|")
+    names = "According,Ann,One,the,Music,WHO,X,Rome,MASK,[TARGET],7,twenty-one,a\nb,".split(",")
+    names.insert(2, "1,200")
     assert [name for name in names if data.fair(name, text)] == ["Ann", "1,200", "WHO", "Rome"]
 
 
@@ -289,7 +290,7 @@ def test_documents_hold_the_promised_passages_and_the_answer_nowhere(corpus, bui
     for document in built[0] + built[1]:
         restored = document["text"].replace(MASK, document["answer"]).split("\n\n")
         assert len(set(restored)) == 11 and set(restored) <= known
-        assert MASK in document["text"]
+        assert MASK in document["text"] and document["question"] is None
         assert not slow_pattern(document["answer"]).search(document["text"])
 
 
@@ -403,8 +404,8 @@ def test_a_document_holds_the_passages_that_share_the_pivots_rare_words(tmp_path
 
 
 def test_pivots_without_an_entity_are_replaced(tmp_path):
-    dull = [{"text": f"nothing to see here {word}."} for word in "again ever today soon now".split()]
-    path = write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 7])
+    dull = [{"text": f"nothing to see here {word}."} for word in ("again", "ever", "soon", "now")]
+    path = write_jsonl(tmp_path / "c.jsonl", [*world(20), *dull * 9])
     assert len(build(path, tmp_path / "docs", 20)[0]) == 20
 
 
@@ -427,10 +428,6 @@ def test_a_document_may_bring_its_question_and_parts_may_come_from_iterators(tmp
     assert len(data.load_documents(docs, "heldout")) == 0
     assert not run("show", docs) and "Who walked?" in capsys.readouterr().out
     assert not run("show", docs, "--document", 1) and "question" not in capsys.readouterr().out
-
-
-def test_built_documents_leave_the_question_to_the_paper(built):
-    assert all(document["question"] is None for document in built[0] + built[1])
 
 
 def test_folders_of_before_there_were_questions_can_be_read(tmp_path):
@@ -460,10 +457,10 @@ def test_passages_with_a_placeholder_and_doubles_are_dropped(tmp_path):
     assert data.read_corpus(write_jsonl(tmp_path / "c.jsonl", rows))[0] == ["good", "fine"]
 
 
-SENTENCES = ["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]
+SAID = ["Tom ran.", "It fell on him at noon.", "Dr. Who met J. Smith!", "line\n", "so it goes"]
 
 
-@given(st.lists(st.sampled_from(SENTENCES), max_size=60), st.integers(3, 20))
+@given(st.lists(st.sampled_from(SAID), max_size=60), st.integers(3, 20))
 def test_cutting_keeps_every_word_in_order_and_the_size_near_the_wanted(sentences, words):
     text = data.tidy(" ".join(sentences))
     pieces = data.split_article(text, words)
@@ -504,9 +501,6 @@ def test_offsets_name_the_characters_of_the_ids(tokenizer):
     text = "\n".join(row["text"] for row in world(10))
     for chunk in data.chunks(text, tokenizer, 16):
         assert tokenizer.decode(chunk.ids) == text[chunk.start : chunk.end]
-
-
-def test_an_empty_text_is_one_empty_chunk(tokenizer):
     assert data.chunks("", tokenizer, 5) == [data.Chunk([], 0, 0)]
 
 
@@ -619,21 +613,17 @@ PASSAGES = [
 ]
 
 
-def as_parquet(path, rows):
-    from pyarrow import Table, parquet
-
-    parquet.write_table(Table.from_pylist(rows), path)
-    return str(path)
-
-
 def write_rows(path, rows):
     """The rows as a file of the kind that its name says."""
+    from pyarrow import Table, parquet
+
     if path.suffix == ".parquet":
-        return as_parquet(path, rows)
-    if path.suffix == ".json":
+        parquet.write_table(Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
-        return str(path)
-    return write_jsonl(path, rows)
+    else:
+        write_jsonl(path, rows)
+    return str(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "wiki-18", "folder"])
@@ -657,13 +647,12 @@ def test_a_folder_is_its_files_each_read_as_by_itself_and_says_so(tmp_path, caps
     (tmp_path / "b.txt").write_text("Bob\nsat.\n\nCy left.")
     row = {"contents": '"Rome"\nA city.', "meta": {"k": 1}}
     write_jsonl(tmp_path / "more" / "a.jsonl.gz", [row])
-    as_parquet(tmp_path / "more" / "b.parquet", [{"id": 5, "title": 1984, "text": "A novel."}])
+    write_rows(tmp_path / "more" / "b.parquet", [{"id": 5, "title": 1984, "text": "A novel."}])
     rows = list(data.read_rows(str(tmp_path)))
     files = [tmp_path / name for name in ("a.jsonl", "b.txt", "more/a.jsonl.gz", "more/b.parquet")]
     assert rows == [row for file in files for row in data.read_rows(str(file))]
     said = capsys.readouterr().err
-    assert "reads 4 files; " in said
-    assert "leaves out .hidden.jsonl, README.md\n" in said
+    assert "reads 4 files; leaves out .hidden.jsonl, README.md\n" in said
     assert data.read_corpus(str(tmp_path)) == (
         ["Ann ran.", "Bob sat.\nCy left.", "Rome\nA city.", "1984\nA novel."],
         ["1", "2", "Rome", "1984"],
@@ -699,7 +688,7 @@ def test_hub_names_go_to_the_right_loader(monkeypatch, tmp_path):
     import datasets
     import huggingface_hub
 
-    path = as_parquet(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
+    path = write_rows(tmp_path / "q.parquet", [{"question": "Who?", "answers": ["Ann"]}])
     rows, asked = datasets.Dataset.from_list(PASSAGES), []
     load = lambda *a, **k: asked.append((a, k)) or rows  # noqa: E731
     download = lambda *a, **k: asked.append((a, k)) or path  # noqa: E731
@@ -724,6 +713,7 @@ MEMAGENT = {
     "scores": [{"model": {"em": [0.5]}}],
 }  # fmt: skip
 CONTEXT = {"context": MEMAGENT["context"]}
+GOOD = {"question": "Who?", "answers": ["Ann"]}
 PLAIN = {"id": "4", "question": "Who?", "answers": ["Ann", "Anna"]}
 IN_THE_EVALUATION = {"input": "Who?", "answers": ["Ann", "Anna"], "index": 4} | CONTEXT
 
@@ -755,6 +745,7 @@ def test_questions_are_paired_within_their_source_in_order(count):
         members = [f"a{n}" for n in range(number * count, (number + 1) * count)]
         assert row["question"] == "; ".join(f"{name}?" for name in members)
         assert row["answers"] == [[name] for name in members]
+
 
 # ---- questions as other code bases have them ----------------------------------------------------
 
@@ -807,35 +798,25 @@ def test_golds_of_several_questions_are_read_however_they_are_written(golds):
     assert found["answers"] == [["Ann", "Anna"], ["Rome"]]
 
 
-@pytest.mark.parametrize("golds, words", [
-    ({"target": [["Ann"], []]}, "no gold for question 2 of 2"),
-    ({"target": [["Ann"], None]}, "no gold for question 2 of 2"),
-    ({"target": [["Ann"], "Rome"]}, "golds must be texts"),
-    ({"target": [["Ann"], [None]]}, "no gold for question 2 of 2"),
-    ({"target": [["Ann"], [""]]}, "no gold for question 2 of 2"),
-    ({"target": [["Ann"], [float("nan")]]}, "no gold for question 2 of 2"),
-    ({"target": [["Ann"], [True]]}, "this is a bool"),
-    ({"target": [["Ann"], [{"value": "Rome"}]]}, "this is a dict"),
-    ({"target": [["Ann"]]}, "2 questions joined by ; but golds of 1"),
-    ({"target": ["Ann", "Rome"]}, "2 questions joined by ; but golds of 1"),
-    ({"target": [["a"], ["b"], ["c"], ["d"]]}, "2 questions joined by ; but golds of 4"),
-    ({"target": []}, "no answer"),
-    ({"target": None}, "no answer"),
-    ({"gold": [["Ann"], ["Rome"]]}, "this is a dict"),
-    (None, "no answer"),
-    (b"\xff", "not UTF-8"),
-])  # fmt: skip
-def test_golds_that_do_not_go_with_their_questions_are_named_in_one_line(golds, words, tmp_path):
-    row = with_golds(golds)
-    with pytest.raises(InputError, match=f"f:7: .*{words}") as error:
-        data.question_row("f:7", row, several=True)
-    assert "\n" not in str(error.value)
+BESIDE_ANN = [[], None, [None], [""], [float("nan")]]  # the golds of the second question
+WRONG_GOLDS = {
+    "no gold for question 2 of 2": [{"target": [["Ann"], golds]} for golds in BESIDE_ANN],
+    "golds must be texts": [{"target": [["Ann"], "Rome"]}],
+    "this is a bool": [{"target": [["Ann"], [True]]}],
+    "this is a dict": [{"target": [["Ann"], [{"value": "Rome"}]]}, {"gold": [["Ann"], ["Rome"]]}],
+    "2 questions joined by ; but golds of 1": [{"target": [["Ann"]]}, {"target": ["Ann", "Rome"]}],
+    "2 questions joined by ; but golds of 4": [{"target": [["a"], ["b"], ["c"], ["d"]]}],
+    "no answer": [None, {"target": []}, {"target": None}],
+    "not UTF-8": [b"\xff"],
+}
 
 
-def test_joined_questions_are_refused_where_one_is_answered(tmp_path):
-    path = write_rows(tmp_path / "train.parquet", [pairs_row()])
-    with pytest.raises(InputError, match="row 1: golds of 2 questions at once"):
-        data.load_questions(path)
+@pytest.mark.parametrize("words", WRONG_GOLDS)
+def test_golds_that_do_not_go_with_their_questions_are_named_in_one_line(words):
+    for golds in WRONG_GOLDS[words]:
+        with pytest.raises(InputError, match=f"f:7: .*{words}") as error:
+            data.question_row("f:7", with_golds(golds), several=True)
+        assert "\n" not in str(error.value)
 
 
 @real
@@ -847,18 +828,17 @@ def test_the_real_pairs_load_as_pairs():
 
 @pytest.mark.parametrize("context", [None, "", "  ", []])
 def test_a_long_text_question_without_its_text_is_named(context, tmp_path):
-    good = {"question": "Who?", "answers": ["Ann"], "context": "Ann ran."}
-    path = write_rows(tmp_path / "q.jsonl", [good, good | {"context": context}])
+    rows = [GOOD | {"context": "Ann ran."}, GOOD | {"context": context}]
+    path = write_rows(tmp_path / "q.jsonl", rows)
     assert len(data.load_questions(path)) == 2
     with pytest.raises(InputError, match="q.jsonl:2: a long-text .* a context or paragraphs"):
         data.load_questions(path, long=True)
 
 
 @pytest.mark.parametrize("answers, golds", [
-    (["Ann", None], ["Ann"]), (["Ann", "Anna"], ["Ann", "Anna"]), ("x", ["x"]), (1992, ["1992"]),
+    (["Ann", None], ["Ann"]), (["Ann", "Anna"], ["Ann", "Anna"]), ("x", ["x"]), (b"Ann", ["Ann"]),
     ('["x", "y\'s"]', ["x", "y's"]), ("[sic]", ["[sic]"]), ("{1, 2}", ["{1, 2}"]),
-    (["['x']"], ["['x']"]),
-    (b"Ann", ["Ann"]), (1992.0, ["1992"]), (2.5, ["2.5"]),
+    (["['x']"], ["['x']"]), (1992, ["1992"]), (1992.0, ["1992"]), (2.5, ["2.5"]),
     ({"target": "Ann"}, ["Ann"]), ({"target": ["Ann"]}, ["Ann"]),
     ({"target": [["Ann", "Anna"]]}, ["Ann", "Anna"]),
     ({"value": "Ann", "aliases": ["Anna"], "type": "WikipediaEntity"}, ["Ann", "Anna"]),
@@ -867,51 +847,50 @@ def test_golds_of_one_question_are_read_however_they_are_written(answers, golds)
     assert data.question_row("f:1", {"question": "Who?", "answers": answers})["answers"] == golds
 
 
-GOOD = {"question": "Who?", "answers": ["Ann"]}
+def said_by(role, content):
+    return {"question": None, "prompt": [{"role": role, "content": content}]}
 
 
-@pytest.mark.parametrize("row, words", [
-    (GOOD | {"answers": float("nan")}, "no answer"),
-    (GOOD | {"question": float("nan")}, "no question"),
-    (GOOD | {"question": 5}, "question: neither a text nor"),
-    (GOOD | {"question": ["Who?"]}, "question: neither a text nor"),
-    ({"prompt": [{"role": "assistant", "content": "Who?"}], "answer": "Ann"}, "prompt: neither"),
-    ({"prompt": [{"role": "user", "content": [{"text": "Who?"}]}], "answer": "Ann"}, "prompt: neither"),
-    (GOOD | {"input": "Mary went to the hall."}, "question and input disagree"),
-    (GOOD | {"extra_info": {"question": "When?"}}, "question and extra_info.question disagree"),
-    (GOOD | {"answer": "Bob"}, "answers and answer disagree"),
-    (GOOD | {"context": "Ann ran.", "paragraphs": [["A", "Bob ran."]]}, "context and paragraphs"),
-    (GOOD | {"choice_A": "Ann"}, "choice_A: questions with choices"),
-    (GOOD | {"choices": {"label": ["A"], "text": ["Ann"]}}, "choices: questions with choices"),
-    (GOOD | {"options": ["Ann", "Bob"]}, "options: questions with choices"),
-    (GOOD | {"all_classes": ["Ann", "Bob"]}, "all_classes: questions with choices"),
-    ({"input": "Name all.", "outputs": ["Ann", "Bob"]}, "outputs: .* lists to be named"),
-    (GOOD | {"answers": [float("inf")]}, "answers: must be a text, this is a float"),
-    (GOOD | {"id": {"a": 1}}, "id: must be a text"),
-    (GOOD | {"answers": {"text": ["Ann"], "answer_start": [3]}}, "this is a dict"),
-    (GOOD | {"answers": "['Ann', 'Bob']"}, "neither JSON nor a text"),
-    (GOOD | {"answers": "['Ann' 'Bob']"}, "neither JSON nor a text"),
-    (GOOD | {"answers": "[array(['Ann'], dtype=object)]"}, "neither JSON nor a text"),
-    (GOOD | {"answers": "['Ann', nan]"}, "neither JSON nor a text"),
-    (GOOD | {"answers": "['O'Brien']"}, "neither JSON nor a text"),
-    (GOOD | {"answers": [["a"], ["b"]], "answer_aliases": ["c"]}, "of one question alone"),
-    (GOOD | {"context": '["a", "b"]'}, "context: .* is no paragraph"),
-    (GOOD | {"context": '[["A", "b" "c"]]'}, "neither JSON nor a text"),
-    (GOOD | {"context": [["A", {"b": 1}]]}, "context: .* is no paragraph"),
-    (GOOD | {"context": {"title": "A", "sentences": "b"}}, "context: .* is no paragraph"),
-    (GOOD | {"paragraphs": [{"title": "A"}]}, "paragraphs: .* is no paragraph"),
-    (GOOD | {"answers": [True]}, "this is a bool"),
-    (GOOD | {"answers": [["Ann"], "Bob"]}, "golds must be texts"),
-    (GOOD | {"answers": {"gold": ["Ann"]}}, "this is a dict"),
-    (GOOD | {"context": 5}, "context: .* is no paragraph"),
-    (GOOD | {"context": ["ab"]}, "context: .* is no paragraph"),
-    (GOOD | {"context": [{"name": "a", "body": "b"}]}, "context: .* is no paragraph"),
-    (GOOD | {"context": [["a", None]]}, "context: .* is no paragraph"),
-    (GOOD | {"context": {"title": ["a", "b"], "sentences": [["c"]]}}, "context: .* is no paragraph"),
-])  # fmt: skip
-def test_rows_of_wrong_types_are_named_in_one_line(row, words):
-    with pytest.raises(InputError, match=f"f:3: .*{words}"):
-        data.question_row("f:3", row)
+WRONG = {  # {words of the error: fields of a row that is good otherwise}
+    "no answer": [{"answers": float("nan")}],
+    "no question": [{"question": float("nan")}],
+    "question: neither a text nor": [{"question": 5}, {"question": ["Who?"]}],
+    "prompt: neither": [said_by("assistant", "Who?"), said_by("user", [{"text": "Who?"}])],
+    "question and input disagree": [{"input": "Mary went to the hall."}],
+    "question and extra_info.question disagree": [{"extra_info": {"question": "When?"}}],
+    "answers and answer disagree": [{"answer": "Bob"}],
+    "context and paragraphs": [{"context": "Ann ran.", "paragraphs": [["A", "Bob ran."]]}],
+    "choice_A: questions with choices": [{"choice_A": "Ann"}],
+    "choices: questions with choices": [{"choices": {"label": ["A"], "text": ["Ann"]}}],
+    "options: questions with choices": [{"options": ["Ann", "Bob"]}],
+    "all_classes: questions with choices": [{"all_classes": ["Ann", "Bob"]}],
+    "outputs: .* lists to be named": [{"answers": None, "outputs": ["Ann", "Bob"]}],
+    "id: must be a text": [{"id": {"a": 1}}],
+    "golds of 2 questions at once": [pairs_row()],
+    "of one question alone": [{"answers": [["a"], ["b"]], "answer_aliases": ["c"]}],
+    "golds must be texts": [{"answers": [["Ann"], "Bob"]}],
+    "this is a float": [{"answers": [float("inf")]}],
+    "this is a bool": [{"answers": [True]}],
+    "this is a dict": [{"answers": {"gold": ["Ann"]}}, {"answers": {"text": ["Ann"]}}],  # SQuAD's
+    "answers: neither JSON nor a text": [{"answers": text} for text in [
+        "['Ann', 'Bob']", "['Ann' 'Bob']", "[array(['Ann'], dtype=object)]", "['Ann', nan]",
+        "['O'Brien']",
+    ]],
+    "context: neither JSON nor a text": [{"context": '[["A", "b" "c"]]'}],
+    "paragraphs: .* is no paragraph": [{"paragraphs": [{"title": "A"}]}],
+    "context: .* is no paragraph": [{"context": value} for value in [
+        5, ["ab"], '["a", "b"]', [["a", None]], [["A", {"b": 1}]], [{"name": "a", "body": "b"}],
+        {"title": "A", "sentences": "b"}, {"title": ["a", "b"], "sentences": [["c"]]},
+    ]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_rows_of_wrong_types_are_named_in_one_line(words):
+    for fields in WRONG[words]:
+        good = {} if "reward_model" in fields else GOOD
+        with pytest.raises(InputError, match=f"f:3: .*{words}"):
+            data.question_row("f:3", good | fields)
 
 
 PARAGRAPHS = [["A", "b c. D e."], ["F", "g."]]
@@ -1177,6 +1156,8 @@ def test_a_search_server_that_stays_down_or_refuses_is_an_error_in_one_line(serv
         data.open_retriever(server.url)(["a"], 1)
     with pytest.raises(InputError, match="no answer"):
         data.open_retriever("http://127.0.0.1:9/retrieve")(["a"], 1)
+    with pytest.raises(InputError, match="no address of a search server"):
+        data.open_retriever("http://HOST:PORT/retrieve")
 
 
 @pytest.mark.parametrize("reply", [
@@ -1210,11 +1191,6 @@ def test_a_server_on_this_machine_is_asked_without_the_proxy(server, monkeypatch
         assert search(["a"], 1)[0][0]["title"] == "Rome"
     with pytest.raises(InputError, match="no answer"):
         data.open_retriever(server.url.replace("127.0.0.1", "search.invalid"))(["a"], 1)
-
-
-def test_an_address_that_is_none_is_named_at_once():
-    with pytest.raises(InputError, match="no address of a search server"):
-        data.open_retriever("http://HOST:PORT/retrieve")
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -1273,8 +1249,9 @@ def test_files_that_are_missing_broken_or_of_an_unknown_kind_are_errors(
 
 
 def test_questions_and_documents_that_lack_something_are_errors(tmp_path):
-    for row, message in [({"question": "Who?"}, "no answer; a row needs both"),
-                         (GOOD | {"context": [["title"]]}, "context: .* is no paragraph")]:  # fmt: skip
+    wrong = {"no answer; a row needs both": {"question": "Who?"}}
+    wrong["context: .* is no paragraph"] = GOOD | {"context": [["title"]]}
+    for message, row in wrong.items():
         with pytest.raises(InputError, match=f"q.jsonl:1: {message}"):
             data.load_questions(write_jsonl(tmp_path / "q.jsonl", [row]))
     with pytest.raises(InputError, match="no documents here"):

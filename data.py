@@ -811,28 +811,24 @@ def read_golds(where, value):
     match value := from_json(where, value):
         case {"target": target}:
             return read_golds(where, target)
-        case {"value": first}:
-            value = [first, *(value.get("aliases") or [])]
-    values = value if isinstance(value, list) else [value]
-    if not any(isinstance(own, list) for own in values):
-        values = [values]  # of one question
+        case {"value": first, "aliases": [*aliases]}:
+            value = [first, *aliases]
+    lists = value if isinstance(value, list) else [value]
+    if not any(isinstance(own, list) for own in lists):
+        lists = [lists]  # of one question
 
     golds = []
-    for number, own in enumerate(values, 1):
+    for own in lists:
         if not isinstance(own or [], list):
             raise InputError(f"{where}: golds must be texts, or a list of texts for each question")
         golds.append([as_text(where, gold) for gold in own or [] if not is_empty(gold)])
-        if len(values) > 1 and not golds[-1]:
-            raise InputError(f"{where}: no gold for question {number} of {len(values)}")
+    if len(golds) > 1 and [] in golds:
+        raise InputError(f"{where}: no gold for question {golds.index([]) + 1} of {len(golds)}")
     return golds if golds[0] else None
 
 
 def from_json(where, text):
-    """The list or dict that a text writes as JSON; any other value as it is.
-
-    >>> from_json("f:1", '["Ann"]'), from_json("f:1", "[sic]")
-    (['Ann'], '[sic]')
-    """
+    """The list or dict that a text writes as JSON; any other value, as "[sic]", as it is."""
     bare = text.strip() if isinstance(text, str) else ""
     if not re.fullmatch(r"(?s)\[.*\]|\{.*\}|array\(.*\)", bare):
         return text
@@ -849,8 +845,7 @@ def check_joined(where, question, golds):
     parts = len(re.findall(r"[^;]*[^;\s][^;]*", question))
     surely = len(re.findall(r"\?\s*;\s*[^;\s]", question)) + 1
     if not surely <= len(golds) <= parts:
-        problem = f"{surely} questions joined by ; but golds of {len(golds)}"
-        raise InputError(f"{where}: {problem}; repair or delete the row")
+        raise InputError(f"{where}: {surely} questions joined by ; but golds of {len(golds)}")
 
 
 def lists_of_golds(row):
@@ -962,9 +957,8 @@ def longqa(args):
         raise InputError(f"--out {args.out}: .jsonl or .jsonl.gz can be written")
 
     # the questions with their paragraphs, and the pool of all paragraphs
-    rows, pool, without = [], {}, 0
+    rows, pool = [], {}
     for where, row in answerable_rows(args.questions):
-        question = question_row(where, row)
         context = read_field(where, row, "context", read_context)
         own = {}  # {title: text}; paragraphs of one title are joined
         for title, text in context if isinstance(context, list) else ():
@@ -972,18 +966,17 @@ def longqa(args):
         if len(own) > args.documents:
             raise InputError(f"{where}: {len(own)} paragraphs of its own, more than --documents")
         pool.update(own)
-        if own:
-            rows.append((question, own))
-        else:
-            without += 1
+        rows.append((question_row(where, row), own))
+    without = sum(not own for _, own in rows)
     say_left_out(args.questions, without, "questions, which have no paragraphs of their own")
     if len(pool) < args.documents:
-        problem = f"{len(pool)} paragraphs of different titles, --documents needs as many"
-        raise InputError(f"{args.questions}: {problem}")
+        raise InputError(f"{args.questions}: {len(pool)} paragraphs in all, fewer than --documents")
 
     titles = list(pool)
     with whole_or_nothing(args.out) as unfinished, open_text(str(unfinished), "wt") as file:
         for question, own in tqdm(rows, desc="longqa", unit=" documents"):
+            if not own:
+                continue
             rng = random.Random(f"{args.seed}/{question['id']}")
             others = [title for title in rng.sample(titles, args.documents) if title not in own]
             chosen = [*own.items(), *((title, pool[title]) for title in others)][: args.documents]
@@ -991,7 +984,7 @@ def longqa(args):
             row = {**question, "context": lay_out(chosen), "num_docs": len(chosen)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     size = f"{args.documents} documents each, out of {len(pool)} paragraphs"
-    print(f"{args.out}: {len(rows)} questions with {size}")
+    print(f"{args.out}: {len(rows) - without} questions with {size}")
 
 
 # ---- Entities ------------------------------------------------------------------------------------
@@ -1152,9 +1145,8 @@ def open_retriever(source, encoder="bm25", cache=None):
 
     A passage is {"id", "title", "text"}; an empty query has none. source: a search server of
     Search-R1's contract (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a
-    corpus in any form that read_rows takes. encoder: see open_index. cache: folder for the vectors
-    of a local file, ~/.cache/memtrain by default; named after the file's path, size and time and
-    the encoder.
+    corpus in any form that read_rows takes. encoder: see open_index. cache: folder for its vectors,
+    ~/.cache/memtrain by default; a file is named after the texts and the encoder's name.
     """
     if re.match("https?://", source):
         return open_server(source)
@@ -1162,14 +1154,12 @@ def open_retriever(source, encoder="bm25", cache=None):
     if not passages:
         raise InputError(f"{source}: no passages")
 
-    file = None
-    if os.path.isfile(source):
-        stat = os.stat(source)
-        key = f"{os.path.abspath(source)} {stat.st_size} {stat.st_mtime_ns} {encoder}"
-        folder = Path(cache or Path.home() / ".cache" / "memtrain")
-        file = folder / f"vectors-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
     texts = [f"{found['title']}\n{found['text']}" for found in passages]
-    search = open_index(texts, encoder, file)
+    digest = hashlib.sha1(encoder.encode())
+    for text in texts:
+        digest.update(text.encode())
+    folder = Path(cache or Path.home() / ".cache" / "memtrain")
+    search = open_index(texts, encoder, folder / f"vectors-{digest.hexdigest()[:16]}")
 
     def retrieve(queries, k):
         found = search(queries, k) if queries else []
@@ -1270,14 +1260,16 @@ def open_encoder(name):
 
 
 def open_server(url):
-    """A search server as open_retriever's function: one request for all queries."""
+    """A search server as open_retriever's function: one request for all queries.
+
+    One that does not answer is asked again; an answer of another form is an error at once.
+    """
     with explained(f"{url}: no address of a search server", ValueError):
         address = urllib.parse.urlsplit(url)
         host, _ = address.hostname or "", address.port  # raises where it is no number
     # one on this machine is asked without a proxy
-    here = host in ("localhost", "::1") or host.startswith("127.")
-    handlers = [urllib.request.ProxyHandler({})] if here else []
-    opener = urllib.request.build_opener(*handlers)
+    here = re.fullmatch(r"localhost|::1|127\..*", host)
+    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if here else [])
 
     def search(queries, k):
         asked = [query for query in queries if query.strip()]
@@ -1285,28 +1277,22 @@ def open_server(url):
             return [[] for _ in queries]
         body = json.dumps({"queries": asked, "topk": k, "return_scores": True}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        reply = _ask(opener, request, asked[0])
-        found = iter(_hits(url, asked, reply))
-        return [next(found) if query.strip() else [] for query in queries]
+        for wait in (0, *RETRY_SECONDS):
+            time.sleep(wait)
+            try:
+                with opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
+                    found = iter(_hits(url, asked, reply.read()))
+                return [next(found) if query.strip() else [] for query in queries]
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code != 429:
+                    raise InputError(f"{url}: refused {asked[0]!r:.80} ({error})") from None
+                trouble = error
+            except (OSError, http.client.HTTPException) as error:  # down, late, cut off
+                trouble = error
+        attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({_one_line(trouble)})"
+        raise InputError(f"{url}: {attempts}; start the server, then go on with --resume")
 
     return search
-
-
-def _ask(opener, request, query):
-    """The reply of a server; one that does not answer is asked again."""
-    url = request.full_url
-    for wait in (0, *RETRY_SECONDS):
-        time.sleep(wait)
-        try:
-            with opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
-                return reply.read()
-        # refused, down, late, cut off
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                raise InputError(f"{url}: refused {query!r:.80} ({error})") from None
-            trouble = _one_line(error)
-    attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble})"
-    raise InputError(f"{url}: {attempts}; start the server, then go on with --resume")
 
 
 def _hits(url, queries, reply):

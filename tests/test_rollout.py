@@ -481,6 +481,7 @@ def test_an_end_that_is_no_special_token_ends_a_response_too_and_is_no_memory(to
     "{{ messages[0].content | e }}",
     "{{ messages[0].content }}{{ messages[0].content }}",
     "{{ messages[0].content[-60:] }}{{ messages[0].content }}",
+    "{{ messages[0].content[200:600] }}{{ messages[0].content }}",
     "{{ raise_exception('only the\nsystem may speak') }}",
     "{{ 1 / 0 }}",
     "{{ messages[0].content + 5 }}",
@@ -498,6 +499,13 @@ def test_a_chat_template_that_does_not_show_the_message_as_it_is_is_refused_in_o
     with pytest.raises(ValueError, match="chat template") as error:
         Prompts(tokenizer)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_blanks_around_a_text_are_what_the_chat_template_makes_of_them(tokenizer):
+    for chat, shown in {"ChatML": "user\n\n x \n\n<|im_end|>", "Gemma": "user\nx<end_of"}.items():
+        model = with_chat(tokenizer, chat)
+        template = Template(model, "\n {memory} \n\n")
+        assert shown in model.decode(template(memory=prompts_of("x", tokenizer)))
 
 
 def test_braces_of_a_default_system_prompt_are_text(tokenizer):

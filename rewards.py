@@ -59,8 +59,7 @@ def extract_boxed(text):
 
 def _plain(text):
     """Lower case in NFC, typographic quotes and dashes as ASCII."""
-    lower = unicodedata.normalize("NFC", text).lower()  # NFC first: lower() tells them apart
-    return unicodedata.normalize("NFC", lower).translate(_ASCII)
+    return unicodedata.normalize("NFC", text.lower()).translate(_ASCII)
 
 
 def normalize_answer(text):

@@ -271,11 +271,8 @@ def shared_prefix_attention(
 
 def decoding_attention(query, key, value, mask, scaling):
     """A new token a row: query (B, H, 1, D), keys of all columns (B, H or fewer, N, D)
-    -> (B, 1, H, D).
-
-    Heads that share a key become its queries: to repeat keys for every head, as transformers does
-    where a mask is given, would copy the whole cache for every token.
-    """
+    -> (B, 1, H, D). Heads that share a key become its queries: to repeat keys for every head, as
+    transformers does where a mask is given, would copy the whole cache for every token."""
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)

@@ -26,7 +26,7 @@ _FONT = re.compile(r"\s*\\(text(bf|it|rm|sf|tt|normal)?|math(bf|it|rm|sf|tt)|mbo
 
 
 def extract_boxed(text):
-    r"""The inside of the last balanced \boxed{...}, less blanks and fonts around all of it, or None.
+    r"""The inside of the last balanced \boxed{...}, less blanks and a font around it, or None.
 
     >>> extract_boxed(r"first \boxed{Rome}, then \boxed{ the {Eternal} City }.")
     'the {Eternal} City'

@@ -146,9 +146,8 @@ def around(tokenizer, text, reply=None):
             trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         # some templates strip it
-        before, _, after = chat.partition(text.strip())
         if chat.count(text.strip()) == 1:
-            return before, after
+            return chat.split(text.strip())
     raise ValueError(f"the tokenizer's chat template can't be used ({trouble}): mend the template")
 
 
@@ -200,7 +199,7 @@ class Prompts:
 
     A `Template` for every name of TEMPLATES: prompts.update, prompts.answer, ..; `texts` gives
     other wordings. order: "memory_first" (the papers') or "chunk_first". problem: MemTrain's fixed
-    question. ends: ids that end a response. thinks: how the thought begins that can't be turned off.
+    question. ends: ids that end a response. thinks: how a thought begins that can't be turned off.
     """
 
     def __init__(self, tokenizer, texts=None, problem=PROBLEM, order="memory_first"):
@@ -429,8 +428,8 @@ def rollout(agents, sampler, search=None):
         raise ValueError("two agents have the same key: give each its own (step, document, ..)")
     while True:
         # one call of the sampler for all agents that have not finished
-        waiting = [(agent, agent.prompt()) for agent in agents]
-        waiting = [(agent, *prompt) for agent, prompt in waiting if prompt is not None]
+        prompts = [(agent, agent.prompt()) for agent in agents]
+        waiting = [(agent, *prompt) for agent, prompt in prompts if prompt is not None]
         if not waiting:
             return agents
         asked, prompts, limits = map(list, zip(*waiting))
@@ -456,7 +455,7 @@ def rollout(agents, sampler, search=None):
 
 
 def uniform_noise(key, count):
-    """`count` numbers in [0, 1): the first ones of an endless row that a key (a tuple) determines."""
+    """The first `count` of endless numbers in [0, 1) that a key, a tuple, determines."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))  # counter-based
     return np.random.Generator(philox).random(count)

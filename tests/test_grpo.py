@@ -25,6 +25,12 @@ def test_the_examples_in_the_docstrings_hold():
     assert not result.failed
 
 
+def test_the_demo_asserts_that_the_model_learns():
+    with pytest.raises(AssertionError, match="has not learnt"):
+        grpo.demo(steps=2)
+    grpo.demo()
+
+
 # ------------------------------------------------------------------------------------ advantages
 
 

@@ -1,5 +1,6 @@
 """Prompts, agents and the sampler, against plain tokenisation, brute force and plain `generate`."""
 
+import contextlib
 import copy
 import doctest
 import random
@@ -20,6 +21,32 @@ def test_the_examples_in_the_docstrings_hold():
     result = doctest.testmod(rollout)
     assert result.attempted >= 4
     assert not result.failed
+
+
+def test_the_demo_asserts_what_it_shows(capsys, monkeypatch):
+    rollout.demo()
+    assert "the same together as one by one" in capsys.readouterr().out
+    monkeypatch.setattr(rollout, "uniform_noise", lambda key, count: torch.rand(count).numpy())
+    with pytest.raises(AssertionError):
+        rollout.demo()
+
+
+@pytest.mark.parametrize("version, works", [
+    ("4.57.1", False),
+    ("5.16.2", False),
+    ("5.17.0", True),
+    ("5.100.0.dev0", True),
+    ("6.0.0", True),
+])  # fmt: skip
+def test_a_copy_of_the_file_refuses_a_transformers_that_would_sample_wrongly(
+    version, works, monkeypatch
+):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", version)
+    refused = pytest.raises(ImportError, match=f"transformers {version}: 5.17 or later is needed")
+    with contextlib.nullcontext() if works else refused:
+        Sampler(tiny_model(), [3])
 
 
 # ------------------------------------------------------------------------------------ clean text

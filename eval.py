@@ -764,6 +764,13 @@ def parse(argv=None):
     for name in needs:
         if not (getattr(args, name[2:]) if name.startswith("--") else args.inputs):
             raise InputError(f"{args.command} needs {name}")
+    for name, least, most in ("batch", 1, 10**9), ("samples", 1, 10**9), ("top_p", 1e-9, 1):
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: {least} to {most} is wanted")
+    if not 0 <= args.temperature < float("inf"):
+        raise InputError(f"--temperature {args.temperature}: 0 or more is wanted")
+    if "eval_documents" in args and args.command not in ("memtrain", "forgetting"):
+        raise InputError("--eval_documents: sets of questions are asked whole; shorten the file")
     return args
 
 

@@ -38,7 +38,7 @@ HEAD_CHUNK = 1024  # response positions whose logits exist at one time
 
 
 def group_advantages(rewards, scale="none", eps=1e-6):
-    """Rewards (Q, G) -> advantages (Q, G): reward - mean of its group (Dr. GRPO).
+    """Rewards (.., G) -> advantages (.., G), eq. 3: reward - mean of its group (Dr. GRPO).
 
     scale="group" also divides by the group's unbiased standard deviation + eps (GRPO). One value
     per TRAJECTORY, for all its turns: normalising over turns would weigh long documents more.
@@ -89,7 +89,7 @@ def policy_loss(
     logps, old_logps, advantages, weights, *,
     clip_low=0.2, clip_high=0.2, ref_logps=None, kl_coef=0.0,
 ):  # fmt: skip
-    """The GRPO objective to minimise (eq. 3, 4): sum of weights * (surrogate + kl_coef * k3).
+    """The GRPO objective to minimise (eq. 4): sum of weights * (surrogate + kl_coef * k3).
 
     All tensors are (N,). With one update a rollout, old_logps are logps detached: the ratio is 1,
     the clip rests, and the gradient is the plain policy gradient.
@@ -97,7 +97,7 @@ def policy_loss(
     KL(policy || reference) on the policy's samples, not multiplied by the ratio (MemAgent's code).
     -> (loss, metrics): metrics are means over the N tokens, detached.
     """
-    # eq. 3: the surrogate with its ratio clipped
+    # the surrogate, its ratio clipped
     ratio = torch.exp((logps - old_logps).clamp(-20, 20))
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.min(ratio * advantages, clipped * advantages)
@@ -117,7 +117,7 @@ def policy_loss(
         loss = loss + kl_coef * k3
         metrics["kl"] = k3.mean()
 
-    # eq. 4: the mean, as the weights have it
+    # the mean, as the weights have it
     return (weights * loss).sum(), {name: value.detach() for name, value in metrics.items()}
 
 
@@ -150,7 +150,8 @@ def shared_prefixes(prompts):
 
 
 def pack(prompts, responses, tokens_per_forward):
-    """Divides turns into rows of at most tokens_per_forward tokens: lists of turn indices.
+    """Divides turns into rows of at most tokens_per_forward tokens: lists of turn indices, by which
+    to pick the turns' advantages and weights.
 
     Turns with a common prefix stay together as far as they fit; a turn that is too long by itself
     gets a row of its own. The longest row comes first.
@@ -376,8 +377,11 @@ class Policy(nn.Module):
 
         All turns run in one row. temperature divides the logits, as it did in sampling.
         """
+        prompts, responses = list(prompts), list(responses)
+        if len(prompts) != len(responses) or not all(prompts) or not all(responses):
+            raise ValueError("as many prompts as responses are wanted, a token or more in each")
         run = self._rows if self.shares else self._one_by_one
-        return run(list(prompts), list(responses), temperature)
+        return run(prompts, responses, temperature)
 
     def _one_by_one(self, prompts, responses, temperature):
         """Log-probs of the responses, by the plain model."""

@@ -140,8 +140,11 @@ def split_answers(text, n):
 
     >>> split_answers("Rome; 1990 ; extra", 2), split_answers("Rome", 2), split_answers(None, 2)
     (['Rome', '1990'], ['Rome', None], [None, None])
+    >>> split_answers("Rome; Italy", 1)
+    ['Rome; Italy']
     """
-    answers = [answer.strip() or None for answer in (text or "").split(";")[:n]]
+    answers = [text or ""] if n == 1 else (text or "").split(";")[:n]  # one is never split
+    answers = [answer.strip() or None for answer in answers]
     return answers + [None] * (n - len(answers))
 
 

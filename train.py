@@ -47,9 +47,10 @@ from rollout import PROBLEM, Prompts, Reader, Recaller, Sampler, Searcher, Turn,
 # ---------------------------------------------------------------------------------------- config
 
 
-def flag(default, help, *choices):
-    """A field of Config, and a flag of the command line with its help."""
-    metadata = {"help": help, "choices": choices or None}
+def flag(default, help, *choices, least=None):
+    """A field of Config, and a flag of the command line with its help. least: the smallest value
+    that makes sense."""
+    metadata = {"help": help, "choices": choices or None, "least": least}
     if default == []:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,47 +74,47 @@ class Config:
     resume: bool = flag(False, "continue from the newest checkpoint in --out, with its settings")
     seed: int = flag(0, "of the data order, the recall draws and the sampling noise")
     # rollout
-    steps: int = flag(300, "rollouts, each with its update or updates")
-    documents_per_step: int = flag(32, "documents or questions of a rollout, over all ranks")
-    documents_per_update: int = flag(0, "of an optimizer step; 0: all of the rollout")
-    group: int = flag(8, "trajectories of a document (G1)")
-    recalls: int = flag(8, "samples of one recall (G2)")
+    steps: int = flag(300, "rollouts, each with its update or updates; 0: evaluate only", least=0)
+    documents_per_step: int = flag(32, "documents of a rollout, over all ranks", least=1)
+    documents_per_update: int = flag(0, "of an optimizer step; 0: all of the rollout", least=0)
+    group: int = flag(8, "trajectories of a document (G1)", least=2)
+    recalls: int = flag(8, "samples of one recall (G2)", least=1)
     recall_draw: str = flag("trajectory", "draw k, l, target for each", "trajectory", "document")
-    chunk_tokens: int = flag(5120, "tokens of a section")
-    max_chunks: int = flag(8, "sections read; a longer document keeps its head and tail")
-    memory_tokens: int = flag(1024, "most tokens of a memory")
-    answer_tokens: int = flag(1024, "most tokens of an answer")
+    chunk_tokens: int = flag(5120, "tokens of a section", least=1)
+    max_chunks: int = flag(8, "sections read; a longer document keeps its head and tail", least=1)
+    memory_tokens: int = flag(1024, "most tokens of a memory", least=1)
+    answer_tokens: int = flag(1024, "most tokens of an answer", least=1)
     prompt_order: str = flag("memory_first", "what comes first", "memory_first", "chunk_first")
     temperature: float = flag(1.0, "of sampling; divides the logits in training as well")
     # loss
-    recall_weight: float = flag(0.5, "lambda of eq. 2")
-    kl: float = flag(1e-3, "weight of the KL to the reference; 0 loads no reference")
-    clip_low: float = flag(0.2, "ratio below 1 - this is clipped")
-    clip_high: float = flag(0.2, "ratio above 1 + this is clipped")
+    recall_weight: float = flag(0.5, "lambda of eq. 2", least=0)
+    kl: float = flag(1e-3, "weight of the KL to the reference; 0 loads no reference", least=0)
+    clip_low: float = flag(0.2, "ratio below 1 - this is clipped", least=0)
+    clip_high: float = flag(0.2, "ratio above 1 + this is clipped", least=0)
     scale: str = flag("none", "divide advantages by the group's deviation", "none", "group")
     old_logps: str = flag("trainer", "recomputed, or as they were sampled", "trainer", "sampler")
     aggregate: str = flag("sequence", "mean as in eq. 4, or over all tokens", "sequence", "token")
     filter: bool = flag(True, "leave out groups whose rewards are all alike (DAPO)")
     shuffle_rewards: bool = flag(False, "control: rewards change places within their group")
     # optimizer
-    lr: float = flag(1e-6, "learning rate, constant after the warm-up")
-    warmup_steps: int = flag(20, "steps of linear warm-up")
-    beta2: float = flag(0.999, "of AdamW")
+    lr: float = flag(1e-6, "learning rate, constant after the warm-up", least=0)
+    warmup_steps: int = flag(20, "steps of linear warm-up", least=0)
+    beta2: float = flag(0.999, "of AdamW", least=0)
     # memory and speed
-    tokens_per_forward: int = flag(32768, "tokens of a pack in training: the knob of the update")
-    kv_tokens: int = flag(0, "tokens of the KV cache in rollout; 0: measured at the start")
+    tokens_per_forward: int = flag(32768, "tokens of a pack: the knob of the update", least=1)
+    kv_tokens: int = flag(0, "tokens of the KV cache in rollout; 0: measured at the start", least=0)
     gradient_checkpointing: bool = flag(True, "compute activations again in backward")
     # logging
-    eval_every: int = flag(50, "steps between evaluations; 0: only before and after")
-    eval_documents: int = flag(256, "held-out rows of each source")
-    save_every: int = flag(50, "steps between checkpoints; 0: only at the end")
+    eval_every: int = flag(50, "steps between evaluations; 0: only before and after", least=0)
+    eval_documents: int = flag(256, "held-out rows of each source", least=0)
+    save_every: int = flag(50, "steps between checkpoints; 0: only at the end", least=0)
     # search QA
     retriever: str = flag("", "corpus file or http://HOST:PORT/retrieve")
     encoder: str = flag("bm25", "of a corpus file: bm25, or a transformers model")
-    passages: int = flag(3, "results of a search")
-    result_tokens: int = flag(1024, "tokens that the results are cut to")
-    objectives: int = flag(2, "questions asked at once")
-    turns: int = flag(6, "most turns of a trajectory")
+    passages: int = flag(3, "results of a search", least=1)
+    result_tokens: int = flag(1024, "tokens that the results are cut to", least=1)
+    objectives: int = flag(2, "questions asked at once", least=1)
+    turns: int = flag(6, "most turns of a trajectory", least=1)
 
     def __post_init__(self):
         self.documents_per_update = self.documents_per_update or self.documents_per_step
@@ -169,9 +170,9 @@ def train(cfg, device):
         # rollout: every document's trajectories, then their recalls, then rewards
         started, mine = time.time(), rows_of_step(cfg, rows, step)
         with torch.no_grad(), gathered(policy):
-            groups = TASKS[cfg.task].rollout(setup, mine, step)
+            groups = checked(TASKS[cfg.task].rollout(setup, mine, step), mine)
         if cfg.shuffle_rewards:
-            shuffle_rewards(cfg, groups, step)
+            shuffle_rewards(cfg, groups)
         rolled_out = time.time()
 
         # advantages, one training sequence a turn, and what the loss compares with
@@ -235,6 +236,7 @@ class Setup(NamedTuple):
 
 class Group(NamedTuple):
     """What advantages are relative to: the trajectories of a document, or the samples of a recall.
+    A task gives one group of kind "trajectory" for every document, and as many others as it likes.
 
     Advantages are made of `rewards` alone, what is reported of `exact_match` alone. An agent has an
     `answer`; a row of data has an "id", and "answers" or an "answer". Steps count from 0 here and
@@ -369,7 +371,7 @@ def make_readers(setup, problem, chunks, key, agent=Reader):
         readers.append(
             agent(setup.prompts, problem, ids, cfg.memory_tokens, cfg.answer_tokens, own)
         )
-        readers[-1].unread = unread(chunks)
+        readers[-1].unread = unread(chunks)  # for the metric
     return readers
 
 
@@ -569,7 +571,11 @@ def open_run(given):
     out = given["out"] = given.get("out") or f"runs/{given.get('task', Config.task)}"
     saved = Path(out, "config.json")
     if not (given.get("resume") and saved.exists()):
-        if os.path.exists(out) and os.listdir(out) and not given.get("resume"):
+        if os.path.exists(out) and not os.path.isdir(out):
+            raise InputError(f"--out {out} is a file: name a folder")
+        # what a run leaves that failed before its first line is nothing
+        left = [file for file in Path(out).glob("*") if file != saved and file.stat().st_size]
+        if left and not given.get("resume"):
             another = "add --resume to continue it, or choose another folder"
             raise InputError(f"--out {out} holds a run already: {another}")
         return configure(given)
@@ -594,14 +600,16 @@ def configure(given):
     if "documents_per_update" not in given and settings.get("documents_per_update", 0) > step:
         settings["documents_per_update"] = step  # the task's may be more than a small step has
     cfg = Config(**settings)
+    for field in dataclasses.fields(Config):
+        value, least = getattr(cfg, field.name), field.metadata["least"]
+        if least is not None and not least <= value < math.inf:
+            raise InputError(f"--{field.name} {value}: at least {least} is wanted")
     problem = None
-    if cfg.group < 2:
-        problem = f"--group {cfg.group}: an advantage is a difference within a group of 2 or more"
-    elif cfg.objective != "e2e" and cfg.recalls < 2:
+    if cfg.objective != "e2e" and cfg.recalls < 2:
         problem = f"--recalls {cfg.recalls}: take at least 2 samples, or --objective e2e"
     elif not cfg.data:
         problem = f"--model {cfg.model} needs --data: folders of documents, or questions"
-    elif cfg.temperature <= 0:
+    elif not 0 < cfg.temperature < math.inf:
         problem = f"--temperature {cfg.temperature}: training samples, take more than 0"
     elif cfg.documents_per_step % cfg.documents_per_update:
         problem = f"--documents_per_step {cfg.documents_per_step} is not a multiple of "
@@ -656,9 +664,16 @@ def model_settings(model):
     for flags ("settings": {"all": {..}, task: {..}}) that travel with the model."""
     file = Path(model, "memtrain.json")
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        own = json.loads(file.read_text()) if file.exists() else {}
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg}); repair it") from None
+    kinds = {"problem": str, "task": str, "templates": dict, "settings": dict}
+    for name, value in own.items() if isinstance(own, dict) else [("it", own)]:
+        texts = name != "templates" or all(isinstance(text, str) for text in value.values())
+        if name not in kinds or not isinstance(value, kinds[name]) or not texts:
+            wanted = "texts under problem, task and templates, and settings"
+            raise InputError(f"{file}: {name} is not understood; it holds {wanted}")
+    return own
 
 
 # ---------------------------------------------------------------------------------- model, prompts
@@ -698,14 +713,15 @@ def open_setup(cfg, policy, tokenizer, *, kv_tokens, search=None, temperature, t
         raise InputError(f"--model {cfg.model}: {error}") from None
     if prompts.thinks:
         note(
-            f"the chat template opens a thought ({prompts.thinks}) whatever it is told: that is "
-            "neither memory nor answer, and takes of --memory_tokens and --answer_tokens"
+            f"this model thinks ({prompts.thinks}) whatever it is told: a thought is neither "
+            "memory nor answer, and takes of --memory_tokens and --answer_tokens"
         )
 
     # a response ends as the model's own settings say, else as the chat template ends one
     ends, named = prompts.ends, policy.lm.generation_config.eos_token_id
     if named is not None:
         ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        prompts.special_ids |= ends
     sampler = Sampler(
         policy.lm,
         ends,
@@ -764,6 +780,8 @@ def load_rows(cfg, task, path, split="train"):
     reads = TASKS[task].reads
     if reads == "documents":
         return data.load_documents(path, split)
+    if data.holds_documents(path):
+        raise InputError(f"{path}: masked documents, but --task {task} answers questions")
     if reads == "questions":
         return data.load_questions(path, long=True)
     return data.load_questions(path, cfg.objectives)
@@ -838,10 +856,21 @@ def balance(sequences):
     return mine
 
 
-def shuffle_rewards(cfg, groups, step):
+def checked(groups, rows):
+    """The groups of a rollout. ValueError where a task of somebody's own gave something else."""
+    read = sorted(group.document for group in groups if group.kind == "trajectory")
+    if read != sorted(rows):
+        raise ValueError(f"one trajectory group a document is wanted: {sorted(rows)}, not {read}")
+    for group in groups:
+        if not len(group.agents) == len(group.rewards) == len(group.exact_match):
+            raise ValueError(f"document {group.document}: a reward and a score an agent are wanted")
+    return groups
+
+
+def shuffle_rewards(cfg, groups):
     """The control: the same rewards, each for another member of its group."""
     for group in groups:
-        rng = random.Random(f"shuffle {cfg.seed} {step} {group.document}")
+        rng = random.Random(f"shuffle {cfg.seed} {group.agents[0].key}")
         rng.shuffle(group.rewards)
 
 
@@ -936,7 +965,7 @@ def step_metrics(groups, totals):
         "cut": [turn.truncated for turn in turns],
         "len": [len(turn.response_ids) for turn in turns],
         "turns": [len(agent.turns) for agent in agents],
-        "unread": [agent.unread for agent in agents if isinstance(agent, Reader)],
+        "unread": [agent.unread for agent in agents if hasattr(agent, "unread")],
         "malformed": [agent.malformed for agent in searchers],
         "searches": [agent.searches for agent in searchers],
     }
@@ -1104,9 +1133,10 @@ def save(cfg, policy, optimizer, tokenizer, step):
 
 def print_before_and_after(cfg):
     evaluated = [line for line in read_metrics(cfg.out) if "heldout" in line]
-    for word, line in zip(("before", "after "), (evaluated[:1] + evaluated[-1:])):
+    for word, line in zip(("before", "after "), (evaluated[:1] + evaluated[1:][-1:])):
         print(f"{word} (step {line['step']:4d}): {heldout_line(line['heldout'])}")
-    print(f"checkpoint: {distributed.checkpoint_path(cfg.out)}")
+    if distributed.checkpoints(cfg.out):
+        print(f"checkpoint: {distributed.checkpoint_path(cfg.out)}")
 
 
 def leave_after(stop, step):

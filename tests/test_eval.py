@@ -424,7 +424,7 @@ def test_finished_samples_of_another_model_other_flags_or_other_questions_are_re
     model = tmp_path / "model"
     model.mkdir()
     for file in CONTENT:
-        (model / file).write_text('{"problem": 1}')
+        (model / file).write_text('{"problem": "1"}')
 
     def open_parts(flags=(), sets={"a": facts(2)}, model=model):
         out = str(tmp_path / "t.json")
@@ -435,7 +435,7 @@ def test_finished_samples_of_another_model_other_flags_or_other_questions_are_re
     open_parts()
     change = dict(change)
     if "written" in change:
-        (model / change.pop("written")).write_text('{"problem": 2}')
+        (model / change.pop("written")).write_text('{"problem": "2"}')
     if change.get("model"):
         change["model"] = model.rename(tmp_path / "moved")
     if name is None:
@@ -568,3 +568,15 @@ def test_bad_input_gets_one_line_and_status_2(
         evaluation.main([argument.format(**paths) for argument in arguments])
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stopped.value.code == 2 and words in error and not Path("t.json").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--batch 0", "--batch 0: 1 to"),
+    ("--samples 0", "--samples 0: 1 to"),
+    ("--top_p 5", "--top_p 5.0: "),
+    ("--temperature -1", "--temperature -1.0: 0 or more"),
+    ("--eval_documents 3", "--eval_documents: sets of questions are asked whole"),
+])  # fmt: skip
+def test_flags_that_make_no_sense_are_refused(flags, words):
+    with pytest.raises(data.InputError, match=words):
+        evaluation.parse(f"longqa --model m --out o.json {flags}".split())

@@ -635,6 +635,14 @@ def test_a_bf16_models_sampled_and_trained_log_probs_are_those_of_fp32_logits():
 # ------------------------------------------------------------------------------------- decoding
 
 
+@pytest.mark.parametrize("prompts, responses", [
+    ([[1]], [[2], [3]]), ([[]], [[1]]), ([[1]], [[]]), ([[1], [1, 2]], [[1]]),
+])  # fmt: skip
+def test_turns_without_a_prompt_or_a_response_are_refused(prompts, responses):
+    with pytest.raises(ValueError, match="as many prompts as responses"):
+        Policy(tiny_model())(prompts, responses)
+
+
 class Largest(TorchDispatchMode):
     """Notes how many numbers the largest tensor holds that an operation makes."""
 

@@ -152,6 +152,59 @@ def test_every_epoch_sees_every_document_once_whatever_the_step_size(alone):
     assert sorted(first) == sorted(second) == rows and first != second
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("--documents_per_step -2", "--documents_per_step -2: at least 1 is wanted"),
+    ("--chunk_tokens 0", "--chunk_tokens 0: at least 1"),
+    ("--lr nan", "--lr nan: at least 0"),
+    ("--group 1", "--group 1: at least 2"),
+    ("--temperature inf", "--temperature inf: training samples"),
+])  # fmt: skip
+def test_sizes_that_make_no_sense_are_refused(flags, words, tmp_path):
+    with pytest.raises(data.InputError, match=words):
+        train.configure(train.parse(f"--model {tmp_path} --data x {flags}".split()))
+
+
+@pytest.mark.parametrize("content, name", [
+    ("[1]", "it"),
+    ('{"settings": []}', "settings"),
+    ('{"problem": 5}', "problem"),
+    ('{"templates": {"answer": 5}}', "templates"),
+    ('{"prompts": {}}', "prompts"),
+])  # fmt: skip
+def test_a_memtrain_json_of_other_content_is_refused_by_name(content, name, tmp_path):
+    (tmp_path / "memtrain.json").write_text(content)
+    with pytest.raises(data.InputError, match=f"memtrain.json: {name} is not understood"):
+        train.model_settings(tmp_path)
+
+
+def test_groups_of_a_task_of_ones_own_are_checked():
+    whole = train.Group("trajectory", 0, ["a", "b"], [1.0, 0.0], [1.0, 0.0])
+    assert train.checked([whole], {0: "row"}) == [whole]
+    for groups in ([], [whole, whole], [whole._replace(kind="recall")]):
+        with pytest.raises(ValueError, match="one trajectory group a document is wanted"):
+            train.checked(groups, {0: "row"})
+    with pytest.raises(ValueError, match="document 0: a reward and a score an agent are wanted"):
+        train.checked([whole._replace(rewards=[1.0])], {0: "row"})
+
+
+def test_documents_are_no_questions(pocket_model):
+    [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
+    with pytest.raises(data.InputError, match="masked documents, but --task longqa answers"):
+        train.load_rows(train.Config(), "longqa", documents)
+
+
+def test_a_folder_in_which_a_run_failed_before_its_first_line_is_free(tmp_path, pocket_model):
+    given = {"model": pocket_model, "out": str(tmp_path)}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert train.open_run(dict(given)).out == str(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(data.InputError, match="holds a run already"):
+        train.open_run(dict(given))
+    with pytest.raises(data.InputError, match="config.json is a file"):
+        train.open_run({**given, "out": str(tmp_path / "config.json")})
+
+
 def test_what_max_chunks_leaves_out_is_a_share_of_the_text():
     spans = [(0, 10), (10, 20), (80, 90), (90, 100)]
     chunks = [data.Chunk([], start, end) for start, end in spans]

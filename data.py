@@ -64,11 +64,8 @@ def explained(message, *errors):
     try:
         yield
     except errors as error:
-        raise InputError(f"{message} ({_one_line(error)})") from None
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
+        raise InputError(f"{message} ({reason:.200})") from None
 
 
 # ---- Masked documents (section 3.2) --------------------------------------------------------------
@@ -186,7 +183,8 @@ def draw_documents(corpus, pivots, args, split, count):
     from tqdm import tqdm
 
     if count and not any(corpus.entities[row] for row in pivots):
-        raise InputError(f"no passage for {split} documents has an entity; use a larger corpus")
+        cure = "use a larger corpus or another --ner; is it the right language?"
+        raise InputError(f"no passage for {split} documents has an entity; {cure}")
     for number in tqdm(range(count), desc=f"build {split}", unit=" documents"):
         rng = random.Random(f"{args.seed}/{split}/{number}")
         pivot = rng.choice(pivots)
@@ -292,9 +290,6 @@ def build(args):
         raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}")
     search = open_index(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
-    if not any(entities):
-        cure = "is the language or the column another?"
-        raise InputError(f"{args.corpus}: no passage has an entity for --ner {args.ner}; {cure}")
 
     def related(row):
         (hits,) = search([texts[row]], args.related + 1)
@@ -373,9 +368,8 @@ def load_documents(path, split):
 def show(args):
     """Print a document and its answer; with --tokenizer chunk by chunk, and a recall."""
     documents = load_documents(args.dir, args.split)
-    count = len(documents)
-    if args.document >= count:
-        raise InputError(f"--document {args.document}: {args.split} has {count} documents, from 0")
+    if args.document >= len(documents):
+        raise InputError(f"--document {args.document}: {args.split} has {len(documents)} documents")
     document = documents[args.document]
     text = document["text"]
     print(f"document {document['id']}: {len(text.split())} words, {text.count(MASK)} masks")
@@ -551,10 +545,9 @@ def passage(where, row):
     names = "id", "title", "text", "contents"
     identity, title, text, contents = [plain(where, row.get(name)) for name in names]
     if text is None and isinstance(contents, str):
-        title, text = "", contents
-        if "\n" in contents.strip():  # a quoted title, then the text
-            title, _, text = contents.strip().partition("\n")
-            title = title.strip().strip('"')
+        # a quoted title, then the text; of one line the text alone
+        first, line_break, text = contents.strip().partition("\n")
+        title, text = (first.strip().strip('"'), text) if line_break else ("", first)
     if not isinstance(text, str):
         raise InputError(f"{where}: no text and no contents, this row has {sorted(row)}")
     title = tidy(as_text(f"{where}: title", title or "")).replace("\n", " ")
@@ -655,8 +648,7 @@ def read_corpus(source, words=160, limit=0, seed=0):
                 article_of.setdefault(text, title or str(number))
         if limit and len(article_of) >= limit:
             break
-    count = limit or len(article_of)
-    return list(article_of)[:count], list(article_of.values())[:count]
+    return list(article_of)[: limit or None], list(article_of.values())[: limit or None]
 
 
 # ---- Questions (sections 6 to 8) -----------------------------------------------------------------
@@ -739,7 +731,7 @@ def question_row(where, row, several=False):
     field = functools.partial(read_field, where, row)
     for name in FIELDS["refused"]:
         if not is_empty(row.get(name)):
-            problem = "questions with choices, or with lists to be named, are not read"
+            problem = "questions with choices or lists to be named are not read"
             raise InputError(f"{where}: {name}: {problem}; delete the row")
     question = field("question", read_question) or field("prompt", read_question)
     golds = field("golds", read_golds)
@@ -1289,7 +1281,7 @@ def open_server(url):
                 trouble = error
             except (OSError, http.client.HTTPException) as error:  # down, late, cut off
                 trouble = error
-        attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({_one_line(trouble)})"
+        attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble})"
         raise InputError(f"{url}: {attempts}; start the server, then go on with --resume")
 
     return search

@@ -605,6 +605,7 @@ class Sampler:
             if prompts[i][:length] not in prefixes[-1:]:
                 prefixes.append(prompts[i][:length])
             group.append(len(prefixes) - 1)
+        group = torch.tensor(group, device=self.model.device)
         prefix_ids, prefix_mask = pad_left(prefixes, self.model.device)
         rests = [prompts[i][length:] for length, i in batch]
         rest_ids, rest_mask = pad_left(rests, self.model.device)

@@ -581,6 +581,8 @@ def open_run(given):
         return configure(given)
 
     begun = json.loads(saved.read_text())["config"]
+    if set(begun) != {field.name for field in dataclasses.fields(Config)}:
+        raise InputError(f"--resume: {out} was begun by another version of train.py")
     if "model" in given:
         given["model"] = distributed.checkpoint_path(given["model"])
     for name, value in given.items():
@@ -667,11 +669,14 @@ def model_settings(model):
         own = json.loads(file.read_text()) if file.exists() else {}
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg}); repair it") from None
-    kinds = {"problem": str, "task": str, "templates": dict, "settings": dict}
+    kinds, inner = {"problem": str, "task": str}, {"templates": str, "settings": dict}
     for name, value in own.items() if isinstance(own, dict) else [("it", own)]:
-        texts = name != "templates" or all(isinstance(text, str) for text in value.values())
-        if name not in kinds or not isinstance(value, kinds[name]) or not texts:
-            wanted = "texts under problem, task and templates, and settings"
+        if isinstance(value, dict) and name in inner:
+            known = all(isinstance(each, inner[name]) for each in value.values())
+        else:
+            known = isinstance(value, kinds.get(name, ()))
+        if not known:
+            wanted = "texts under problem, task and templates, and settings by task"
             raise InputError(f"{file}: {name} is not understood; it holds {wanted}")
     return own
 

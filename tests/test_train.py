@@ -167,6 +167,7 @@ def test_sizes_that_make_no_sense_are_refused(flags, words, tmp_path):
 @pytest.mark.parametrize("content, name", [
     ("[1]", "it"),
     ('{"settings": []}', "settings"),
+    ('{"settings": {"all": []}}', "settings"),
     ('{"problem": 5}', "problem"),
     ('{"templates": {"answer": 5}}', "templates"),
     ('{"prompts": {}}', "prompts"),
@@ -201,6 +202,9 @@ def test_a_folder_in_which_a_run_failed_before_its_first_line_is_free(tmp_path, 
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(data.InputError, match="holds a run already"):
         train.open_run(dict(given))
+    (tmp_path / "config.json").write_text('{"config": {"recipe": "paper"}}')
+    with pytest.raises(data.InputError, match="begun by another version"):
+        train.open_run({**given, "resume": True})
     with pytest.raises(data.InputError, match="config.json is a file"):
         train.open_run({**given, "out": str(tmp_path / "config.json")})
 

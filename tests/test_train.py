@@ -297,6 +297,17 @@ def test_a_recall_reads_the_memory_that_was_written_at_its_step(monkeypatch):
     assert sorted(asked) == sorted(expected) and len({recall.k for recall in drawn}) > 1
 
 
+@pytest.mark.parametrize("how, most", [("document", 1), ("trajectory", 4)])
+def test_recalls_are_drawn_for_a_document_or_for_each_of_its_trajectories(how, most):
+    setup = pocket_setup(lambda *key: "Ada", recall_draw=how)
+    groups = train.memtrain(setup, dict(enumerate(pocket.documents(4, seed=5))), step="x")
+    draws = {document: set() for document in range(4)}
+    for group in groups:
+        if group.kind == "recall":
+            draws[group.document].add((group.drawn.k, group.drawn.l, group.drawn.target))
+    assert max(map(len, draws.values())) == most
+
+
 def test_a_document_may_bring_its_own_question():
     row = pocket.documents(1, seed=5)[0]
     seen = []
@@ -547,6 +558,8 @@ def test_a_run_leaves_its_files_and_a_checkpoint_for_transformers(
     config = json.loads((run / "config.json").read_text())["config"]
     # kv_tokens 0: measured anew wherever the run goes on
     assert config["kv_tokens"] == 0 and config["steps"] == 2
+    # the pocket's settings: 3e-4 after three steps of warm-up
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([1e-4, 2e-4])
 
     # the checkpoint is a model like any other, and brings prompts and settings along
     saved = run / "step-000002"
@@ -670,7 +683,8 @@ def test_an_evaluation_gives_every_question_to_the_task_that_can_answer_it(alone
 
     def task(name):
         def rollout(setup, rows, step):
-            seen.append((name, setup.cfg.task, setup.cfg.group, setup.sampler, rows))
+            sizes = setup.cfg.group, setup.cfg.recalls, setup.cfg.objective
+            seen.append((name, setup.cfg.task, sizes, setup.sampler, rows))
             return [train.Group("trajectory", n, [], [1.0], [1.0]) for n in rows]
 
         return train.TASKS[name]._replace(rollout=rollout)
@@ -680,11 +694,12 @@ def test_an_evaluation_gives_every_question_to_the_task_that_can_answer_it(alone
     sources = {"memtrain": ["a"], "searchqa": ["b", "c"]}
     heldout = []
     for name, rows in sources.items():
-        heldout.append((train.Setup(train.Config(task=name), None, f"sampler of {name}"), rows))
+        cfg = train.Config(task=name, objective="e2e")  # recalls are evaluated all the same
+        heldout.append((train.Setup(cfg, None, f"sampler of {name}"), rows))
     result = train.evaluate(torch.nn.Module(), heldout)
     assert seen == [
-        ("memtrain", "memtrain", 1, "sampler of memtrain", {0: "a"}),
-        ("searchqa", "searchqa", 1, "sampler of searchqa", {0: "b", 1: "c"}),
+        ("memtrain", "memtrain", (1, 1, "full"), "sampler of memtrain", {0: "a"}),
+        ("searchqa", "searchqa", (1, 1, "full"), "sampler of searchqa", {0: "b", 1: "c"}),
     ]
     assert {kind: score[::3] for kind, score in result.items()} == {
         "trajectory": (1.0, 1),

@@ -22,6 +22,8 @@ Where the paper (section 3.2) is silent, or this differs:
   5. Document i is a function of the corpus, the seed and i: more documents leave it as it is.
 
 A span is [start, end) in characters of its text; a row is the number of a passage in `texts`.
+The file imports none of its siblings: copy it as it is. What a function needs (spaCy 3.8, bm25s 0.3,
+datasets 5, transformers 5.17 to 5.23) is imported there.
 """
 
 import argparse
@@ -1138,7 +1140,7 @@ def open_retriever(source, encoder="bm25", cache=None):
     A passage is {"id", "title", "text"}; an empty query has none. source: a search server of
     Search-R1's contract (http://HOST:PORT/retrieve; for 21 million passages this is the way), or a
     corpus in any form that read_rows takes. encoder: see open_index. cache: folder for its vectors,
-    ~/.cache/memtrain by default; a file is named after the texts and the encoder's name.
+    ~/.cache/memtrain by default; a file is named after the texts and the encoder.
     """
     if re.match("https?://", source):
         return open_server(source)
@@ -1148,8 +1150,10 @@ def open_retriever(source, encoder="bm25", cache=None):
 
     texts = [f"{found['title']}\n{found['text']}" for found in passages]
     digest = hashlib.sha1(encoder.encode())
+    for file in sorted(Path(encoder).glob("*")):  # of a model on this disk
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     for text in texts:
-        digest.update(text.encode())
+        digest.update(f"{text}\0".encode())
     folder = Path(cache or Path.home() / ".cache" / "memtrain")
     search = open_index(texts, encoder, folder / f"vectors-{digest.hexdigest()[:16]}")
 

@@ -5,6 +5,8 @@ import doctest
 import gzip
 import http.server
 import json
+import os
+import shutil
 import random
 import re
 import subprocess
@@ -1071,6 +1073,19 @@ def test_a_changed_corpus_gets_new_vectors(tmp_path, encoder):
     assert len(data.open_retriever(path, encoder, tmp_path / "cache")(["bears"], 9)[0]) == 2
     write_jsonl(tmp_path / "p.jsonl", PASSAGES + [{"id": "9", "title": "Bern", "text": "bears"}])
     assert len(data.open_retriever(path, encoder, tmp_path / "cache")(["bears"], 9)[0]) == 3
+
+
+def test_other_weights_under_the_same_path_get_new_vectors(tmp_path, encoder):
+    path, model = write_jsonl(tmp_path / "p.jsonl", PASSAGES), tmp_path / "tiny-e5"
+    shutil.copytree(encoder, model)
+
+    def files():
+        data.open_retriever(path, str(model), tmp_path / "cache")
+        return len(list((tmp_path / "cache").iterdir()))
+
+    assert files() == files() == 1
+    os.utime(model / "model.safetensors", (1, 1))  # as if others were copied there
+    assert files() == 2
 
 
 def test_documents_can_be_built_around_a_dense_neighbourhood(corpus, encoder, tmp_path):

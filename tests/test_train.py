@@ -188,6 +188,17 @@ def test_groups_of_a_task_of_ones_own_are_checked():
         train.checked([whole._replace(rewards=[1.0])], {0: "row"})
 
 
+@pytest.mark.parametrize("named, own", [(None, []), (301, [301]), ([301, 302], [301, 302])])
+def test_a_response_ends_as_the_models_settings_say_and_ends_are_no_text(
+    named, own, tokenizer, tmp_path
+):
+    policy, cfg = grpo.Policy(tiny_model()), train.Config(model=str(tmp_path))
+    policy.lm.generation_config.eos_token_id = named
+    setup = train.open_setup(cfg, policy, tokenizer, kv_tokens=99, temperature=1.0)
+    assert setup.sampler.end_ids == sorted([tokenizer.eos_token_id, *own])
+    assert setup.prompts.plain([300, *own, tokenizer.eos_token_id]) == [300]
+
+
 def test_documents_are_no_questions(pocket_model):
     [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
     with pytest.raises(data.InputError, match="masked documents, but --task longqa answers"):

@@ -1286,7 +1286,7 @@ def open_server(url):
             except (OSError, http.client.HTTPException) as error:  # down, late, cut off
                 trouble = error
         attempts = f"no answer in {len(RETRY_SECONDS) + 1} attempts ({trouble})"
-        raise InputError(f"{url}: {attempts}; start the server, then go on with --resume")
+        raise InputError(f"{url}: {attempts}; start the server, then --resume")
 
     return search
 

@@ -4,7 +4,7 @@ Every turn (prompt, response) is one training sequence. Turns that begin alike r
 the common prefix once, then each turn's own tail, which attends to the prefix and to itself only.
 Nothing is ever padded.
 
-    row      = unit | unit | ...                  up to tokens_per_forward tokens
+    pack     = unit | unit | ...                  up to tokens_per_forward tokens
     unit     = prefix | tail 1 | tail 2 | ...     positions restart after the prefix in every tail
     tail     = rest of the prompt + response, less its last token
 
@@ -17,7 +17,7 @@ It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transform
 Differences from the papers: none in the loss. MEM1 stitches the pruned turns of a trajectory into
 one sequence under an attention mask, which is an approximation; one sequence per turn is exact.
 
-Letters in shapes: Q groups, G members, N response tokens, L tokens of a row, H heads, D head size.
+Letters in shapes: Q groups, G members, N response tokens, L tokens of a pack, H heads, D head size.
 """
 
 from collections import Counter
@@ -121,7 +121,7 @@ def policy_loss(
     return (weights * loss).sum(), {name: value.detach() for name, value in metrics.items()}
 
 
-# ------------------------------------------------------------------------ rows of shared prefixes
+# ----------------------------------------------------------------------- packs of shared prefixes
 
 
 def shared_prefixes(prompts):
@@ -150,13 +150,13 @@ def shared_prefixes(prompts):
 
 
 def pack(prompts, responses, tokens_per_forward):
-    """Divides turns into rows of at most tokens_per_forward tokens: lists of turn indices, by which
-    to pick the turns' advantages and weights.
+    """Divides turns into packs of at most tokens_per_forward tokens: lists of turn indices, by
+    which to pick the turns' advantages and weights.
 
     Turns with a common prefix stay together as far as they fit; a turn that is too long by itself
-    gets a row of its own. The longest row comes first.
+    gets a pack of its own. The longest pack comes first.
     """
-    # units: turns with a common prefix, cut where they outgrow a row
+    # units: turns with a common prefix, cut where they outgrow a pack
     units = []  # (tokens, turns)
     for prefix, turns in shared_prefixes(prompts):
         tokens, unit = prefix, []
@@ -169,30 +169,30 @@ def pack(prompts, responses, tokens_per_forward):
             unit.append(i)
         units.append((tokens, unit))
 
-    # rows: the longest unit first, each into the first row that has room
-    rows = []  # [tokens, turns]
+    # packs: the longest unit first, each into the first pack that has room
+    packs = []  # [tokens, turns]
     for tokens, unit in sorted(units, key=lambda unit: -unit[0]):
-        for row in rows:
-            if row[0] + tokens <= tokens_per_forward:
-                row[0] += tokens
-                row[1] += unit
+        for filled in packs:
+            if filled[0] + tokens <= tokens_per_forward:
+                filled[0] += tokens
+                filled[1] += unit
                 break
         else:
-            rows.append([tokens, list(unit)])
+            packs.append([tokens, list(unit)])
 
-    # a row's turns are grouped anew when it runs: what is too much then gets rows of its own
+    # a pack's turns are grouped anew when it runs: what is too much then gets packs of its own
     packed = []
-    for _, turns in rows:
-        while len(turns) > 1 and row_tokens(prompts, responses, turns) > tokens_per_forward:
+    for _, turns in packs:
+        while len(turns) > 1 and pack_tokens(prompts, responses, turns) > tokens_per_forward:
             packed.append([turns.pop()])
         packed.append(turns)
-    return sorted(packed, key=lambda turns: -row_tokens(prompts, responses, turns))
+    return sorted(packed, key=lambda turns: -pack_tokens(prompts, responses, turns))
 
 
-def row_tokens(prompts, responses, turns):
-    """The tokens that run in a row of these turns.
+def pack_tokens(prompts, responses, turns):
+    """The tokens that run in a pack of these turns.
 
-    >>> row_tokens([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]], [0, 1])
+    >>> pack_tokens([[1, 2, 3], [1, 2, 4]], [[5, 6], [7]], [0, 1])
     5
     """
     tokens = sum(len(prompts[i]) + len(responses[i]) - 1 for i in turns)
@@ -202,7 +202,7 @@ def row_tokens(prompts, responses, turns):
 
 
 class Unit:
-    """Where a unit lies in its row: its prefix, its tails in groups of up to TAILS tokens, and
+    """Where a unit lies in its pack: its prefix, its tails in groups of up to TAILS tokens, and
     what the tokens of a group see, (tokens, prefix + tokens); None is plain causal attention."""
 
     def __init__(self, prefix, tails, device):
@@ -229,10 +229,10 @@ class Unit:
 def shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, units=None, **kwargs
 ):
-    """Attention of a row of units; query (1, H, L, D), key and value (1, H or fewer, L, D)
+    """Attention of a pack of units; query (1, H, L, D), key and value (1, H or fewer, L, D)
     -> (1, L, H, D).
 
-    units: list of `Unit`, in the order of the row. Without it (generation, plain scoring) this is
+    units: list of `Unit`, in the order of the pack. Without it (generation, plain scoring) this is
     transformers' own attention, mask and all.
     """
     if units is None and query.shape[2] == 1 and attention_mask is not None:
@@ -329,7 +329,7 @@ class Policy(nn.Module):
     """A language model as training sees it: turns in, log-probs of their responses out.
 
     lm: a causal language model of transformers; it stays `.lm`, for `generate` and saving.
-    shares: whether it runs rows of units. That takes full attention in every layer and logits
+    shares: whether it runs packs of units. That takes full attention in every layer and logits
     straight from the head; it is found out unless told. Other models run every turn by itself,
     which is slower and as exact.
     """
@@ -367,7 +367,7 @@ class Policy(nn.Module):
         responses = [[6, 7], [8], [9, 10, 11]]
         alone = torch.cat(self._one_by_one(prompts, responses, 1.0))
         try:
-            together = torch.cat(self._rows(prompts, responses, 1.0))
+            together = torch.cat(self._one_pack(prompts, responses, 1.0))
         except Exception:  # a model that knows no units may raise anything
             return False
         return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
@@ -375,12 +375,12 @@ class Policy(nn.Module):
     def forward(self, prompts, responses, temperature=1.0):
         """Token-id lists, as many of either -> list of (length of the response,) fp32 log-probs.
 
-        All turns run in one row. temperature divides the logits, as it did in sampling.
+        All turns run in one pack. temperature divides the logits, as it did in sampling.
         """
         prompts, responses = list(prompts), list(responses)
         if len(prompts) != len(responses) or not all(prompts) or not all(responses):
             raise ValueError("as many prompts as responses are wanted, a token or more in each")
-        run = self._rows if self.shares else self._one_by_one
+        run = self._one_pack if self.shares else self._one_by_one
         return run(prompts, responses, temperature)
 
     def _one_by_one(self, prompts, responses, temperature):
@@ -396,23 +396,23 @@ class Policy(nn.Module):
             result.append(chosen.clone())  # FSDP2 takes no views from its root
         return result
 
-    def _rows(self, prompts, responses, temperature):
-        """Log-probs of all responses, in one row of units."""
-        # lay the row out: ids and positions (L,), where responses are predicted from (N,)
-        row, positions, predictors = [], [], []
+    def _one_pack(self, prompts, responses, temperature):
+        """Log-probs of all responses, in one pack of units."""
+        # lay it out: ids and positions (L,), where responses are predicted from (N,)
+        pack_ids, positions, predictors = [], [], []
         units, order = [], []
         device = self.lm.device
         for prefix, turns in shared_prefixes(prompts):
             prefix = prefix if len(turns) > 1 else 0
-            row += prompts[turns[0]][:prefix]
+            pack_ids += prompts[turns[0]][:prefix]
             positions += range(prefix)
             tails = []
             for i in turns:
                 tail = prompts[i][prefix:] + responses[i][:-1]
                 # the hidden state at the prompt's last token predicts the response's first
-                first = len(row) + len(prompts[i]) - prefix - 1
-                predictors += range(first, len(row) + len(tail))
-                row += tail
+                first = len(pack_ids) + len(prompts[i]) - prefix - 1
+                predictors += range(first, len(pack_ids) + len(tail))
+                pack_ids += tail
                 positions += range(prefix, prefix + len(tail))
                 tails.append(len(tail))
             units.append(Unit(prefix, tails, device))
@@ -420,7 +420,7 @@ class Policy(nn.Module):
 
         # run it; a 4-D mask passes through transformers untouched, and keeps it from making one
         hidden = self.lm.base_model(
-            input_ids=torch.tensor([row], device=device),
+            input_ids=torch.tensor([pack_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             attention_mask=torch.empty(1, 1, 0, 0, device=device),
             use_cache=False,

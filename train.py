@@ -850,7 +850,7 @@ def balance(sequences):
     responses = [s.turn.response_ids for s in sequences]
     units = []  # (tokens, sequences)
     for _, unit in grpo.shared_prefixes(prompts):
-        tokens = grpo.row_tokens(prompts, responses, unit)
+        tokens = grpo.pack_tokens(prompts, responses, unit)
         units.append((tokens, [sequences[i] for i in unit]))
 
     loads, mine = [0] * distributed.world_size(), []

@@ -715,6 +715,9 @@ def test_what_only_begins_alike_shares_where_that_leaves_less_to_run():
     # chunk first: the trajectories of a document
     documents = [prompt + [memory] * 4 for prompt in far for memory in (2, 3)]
     assert rollout.shared_prefixes(documents) == [(50, [0, 1]), (50, [2, 3]), (50, [4, 5])]
+    # a fourth that joined would cost the three others more than it saves
+    three = [[1, 2, 3, 4, 5]] * 3 + [[1, 2, 9, 9]]
+    assert rollout.shared_prefixes(three) == [(4, [0, 1, 2]), (3, [3])]
 
 
 def test_thousands_of_prompts_that_begin_alike_are_grouped():

@@ -477,12 +477,14 @@ def demo(steps=61, questions=16, group=8):
         rewards = right.float().view(questions, group)
         advantages = group_advantages(rewards).flatten()
 
-        # update
-        logps = torch.cat(policy(prompts, responses))
+        # update, a pack at a time: a turn has one token, so turns pick tokens
         weights = token_weights([1] * len(prompts), "sequence")
-        loss, metrics = policy_loss(logps, logps.detach(), advantages, weights)
         optimizer.zero_grad()
-        loss.backward()
+        for turns in pack(prompts, responses, tokens_per_forward=128):
+            logps = policy([prompts[i] for i in turns], [responses[i] for i in turns])
+            logps = torch.cat(logps)
+            loss, metrics = policy_loss(logps, logps.detach(), advantages[turns], weights[turns])
+            loss.backward()
         optimizer.step()
         if step % 15 == 0:
             reward, entropy = rewards.mean(), metrics["entropy"]

@@ -185,7 +185,8 @@ def main(dtype):
     if dtype == torch.float32:  # in bf16 rounding decides about tokens
         assert responses_there == responses
         assert (gradient - expected).norm() < 1e-5 * expected.norm()
-    distributed.leave()
+    # done: a made-up device's threads may abort Python while it takes itself apart
+    os._exit(0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

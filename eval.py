@@ -77,6 +77,7 @@ def questions(args):
     sets = load_sets(args, cfg)
     setup, policy = open_model(args, cfg)
     open_parts(args, cfg, sets)
+    train.check_shared(Path(f"{args.out}.parts", "flags.json"))
     records = {}
     for name, rows in sets.items():
         if args.command != "filter" and args.mode == "memory":

@@ -1111,11 +1111,16 @@ def open_out(cfg, done):
             kept = [line for line in whole if json.loads(line)["step"] <= done]
             with data.whole_or_nothing(file) as partial:
                 partial.write_text("".join(kept))
+    check_shared(out / "config.json")
+
+
+def check_shared(file):
+    """InputError on a rank that does not see a file that rank 0 wrote."""
     torch.distributed.barrier()
-    if not (out / "config.json").exists():
+    if not file.exists():
         raise InputError(
-            f"--out {out}: rank {distributed.rank()} does not see what rank 0 wrote there: all "
-            "machines need a folder that they share"
+            f"--out {file.parent}: rank {distributed.rank()} does not see what rank 0 wrote there: "
+            "all machines need a folder that they share"
         )
 
 

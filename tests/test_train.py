@@ -199,6 +199,13 @@ def test_a_response_ends_as_the_models_settings_say_and_ends_are_no_text(
     assert setup.prompts.plain([300, *own, tokenizer.eos_token_id]) == [300]
 
 
+def test_a_rank_that_does_not_see_what_rank_0_wrote_says_so(alone, tmp_path):
+    (tmp_path / "there").touch()
+    train.check_shared(tmp_path / "there")
+    with pytest.raises(data.InputError, match="rank 0 does not see .* a folder that they share"):
+        train.check_shared(tmp_path / "nowhere")
+
+
 def test_documents_are_no_questions(pocket_model):
     [documents] = train.model_settings(pocket_model)["settings"]["memtrain"]["data"]
     with pytest.raises(data.InputError, match="masked documents, but --task longqa answers"):

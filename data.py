@@ -22,8 +22,8 @@ Where the paper (section 3.2) is silent, or this differs:
   5. Document i is a function of the corpus, the seed and i: more documents leave it as it is.
 
 A span is [start, end) in characters of its text; a row is the number of a passage in `texts`.
-The file imports none of its siblings: copy it as it is. What a function needs (spaCy 3.8, bm25s 0.3,
-datasets 5, transformers 5.17 to 5.23) is imported there.
+The file imports none of its siblings: copy it as it is. What a function needs (spaCy 3.8, bm25s
+0.3, datasets 5, transformers 5.17 to 5.23) is imported there.
 """
 
 import argparse

@@ -349,11 +349,24 @@ class Policy(nn.Module):
         switch_off_randomness(lm)
         head = lm.get_output_embeddings()
         head.forward = MethodType(float32_logits, head)  # in training and in sampling alike
+        if shares is None:
+            self._check_train_mode()
         own = lm.config._attn_implementation
         lm.set_attn_implementation(ATTENTION)
         self.shares = self._can_share() if shares is None else shares
         if not self.shares:
             lm.set_attn_implementation(own)
+
+    @torch.no_grad()
+    def _check_train_mode(self):
+        """ValueError where train mode is another network than the one that samples."""
+        training, logps = self.lm.training, []
+        for mode in (False, True):
+            self.lm.train(mode)
+            logps += self._one_by_one([[1, 2, 3, 4, 5]], [[6, 7, 8, 9]], 1.0)
+        self.lm.train(training)
+        if not torch.allclose(*logps, rtol=1e-3, atol=1e-3):
+            raise ValueError("its train mode is random, so that training would score other numbers")
 
     @torch.no_grad()
     def _can_share(self):

@@ -693,7 +693,8 @@ def open_policy(path, device, master=True):
     """
     leader = distributed.rank() == 0
     lm, tokenizer = distributed.load_model(path, torch.float32 if leader else "auto")
-    shares = all_gather(grpo.Policy(lm).shares if leader else None)[0]
+    with data.explained(f"--model {path} can't be trained", ValueError):
+        shares = all_gather(grpo.Policy(lm).shares if leader else None)[0]
     if not shares:
         note(f"{type(lm).__name__} can't share prefixes; every turn runs by itself")
     return distributed.shard(grpo.Policy(lm, shares), device, master), tokenizer

@@ -643,6 +643,19 @@ def test_turns_without_a_prompt_or_a_response_are_refused(prompts, responses):
         Policy(tiny_model())(prompts, responses)
 
 
+def test_a_model_that_stays_random_in_train_mode_is_refused():
+    lm = tiny_model()
+    plain = lm.model.norm.forward
+
+    def noisy(hidden):  # where no name gives it away
+        return plain(hidden) + (0.5 * torch.randn_like(hidden) if lm.training else 0)
+
+    lm.model.norm.forward = noisy
+    with pytest.raises(ValueError, match="its train mode is random"):
+        Policy(lm)
+    assert not lm.training
+
+
 class Largest(TorchDispatchMode):
     """Notes how many numbers the largest tensor holds that an operation makes."""
 

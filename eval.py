@@ -804,9 +804,9 @@ def open_model(args, cfg):
     agents = {"memtrain": "Reader", "longqa": "Reader", "searchqa": "Searcher"}
     learned, agent = train.model_settings(cfg.model).get("task", cfg.task), agents[cfg.task]
     plain = args.mode == "full_context" or args.command == "filter"
-    if agents.get(learned) != agent and not plain and distributed.rank() == 0:
-        note = f"was trained by --task {learned}; this command answers with a {agent}"
-        print(f"note: {cfg.model} {note}", file=sys.stderr)
+    if agents.get(learned) != agent and not plain:
+        answers = f"this command answers with a {agent}"
+        train.note(f"{cfg.model} was trained by --task {learned}; {answers}")
     return setup, policy
 
 

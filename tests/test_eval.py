@@ -378,7 +378,7 @@ def test_searchqa_searches_the_corpus_of_the_models_settings(
     seen = []
 
     def answers_after_a_search(cfg, policy, tokenizer, *, search, **sampling):
-        def sampler(asked, limits, keys, stops=None):
+        def sampler(asked, limits, keys):
             responses = []
             for ids, (_, index, _, turn) in zip(asked, keys):
                 seen.append(tokenizer.decode(ids))

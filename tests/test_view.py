@@ -42,7 +42,7 @@ def pocket_setup(respond, task="memtrain", **settings):
     the words of every response; None for what a prompt lacks."""
     prompts = Prompts(pocket.tokenizer(), pocket.TEMPLATES, pocket.PROBLEM)
 
-    def sampler(asked, limits, keys, stops=None):
+    def sampler(asked, limits, keys):
         responses = []
         for ids in asked:
             text = [pocket.VOCABULARY[i] for i in ids]

@@ -50,9 +50,8 @@ OTHERS = 0.5, 0.5  # .. if it is about others
 KEEP_FOUND = 0.8  # how probably a search carries over a fact that it was asked for
 
 
-def oracle(prompts, limits, keys, stops=None):
-    """A sampler: a `Response` is a function of its prompt, limit and key; `stops` it leaves to
-    `rollout`, which cuts a response there as well."""
+def oracle(prompts, limits, keys):
+    """A sampler: a `Response` is a function of its prompt, limit and key."""
     responses = []
     for prompt, limit, key in zip(prompts, limits, keys):
         rng = random.Random(f"oracle {key} {prompt}")

@@ -1149,19 +1149,27 @@ def open_retriever(source, encoder="bm25", cache=None):
         raise InputError(f"{source}: no passages")
 
     texts = [f"{found['title']}\n{found['text']}" for found in passages]
-    digest = hashlib.sha1(encoder.encode())
-    for file in sorted(Path(encoder).glob("*")):  # of a model on this disk
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    for text in texts:
-        digest.update(f"{text}\0".encode())
-    folder = Path(cache or Path.home() / ".cache" / "memtrain")
-    search = open_index(texts, encoder, folder / f"vectors-{digest.hexdigest()[:16]}")
+    file = None
+    if encoder != "bm25":
+        folder = Path(cache or Path.home() / ".cache" / "memtrain")
+        file = folder / f"vectors-{_digest(texts, encoder)[:16]}"
+    search = open_index(texts, encoder, file)
 
     def retrieve(queries, k):
         found = search(queries, k) if queries else []
         return [[passages[row] for row, _ in hits] for hits in found]
 
     return retrieve
+
+
+def _digest(texts, encoder):
+    """A name for the vectors of these texts, by an encoder and, of one on this disk, its files."""
+    digest = hashlib.sha1(encoder.encode())
+    for file in sorted(Path(encoder).glob("*")):
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    for text in texts:
+        digest.update(f"{text}\0".encode())
+    return digest.hexdigest()
 
 
 def open_index(texts, encoder="bm25", file=None):

@@ -584,10 +584,10 @@ class Sampler:
         batch, widths = [], (0, 0, 0)
         for prefix, members in groups:
             for i in members:
-                # columns of the batch: the longest prefix, the longest rest, the highest limit
+                # the longest prefix, the longest rest, the highest limit
                 own = (prefix, len(prompts[i]) - prefix, limits[i])
                 widths = tuple(map(max, widths, own))
-                if batch and (len(batch) + 1) * sum(widths) > self.kv_tokens:
+                if batch and (len(batch) + 1) * columns_of(*widths) > self.kv_tokens:
                     yield batch
                     batch, widths = [], own
                 batch.append((prefix, i))
@@ -615,25 +615,27 @@ class Sampler:
             return ids, mask, None
 
         # every prefix is read once, by a `generate` whose one token nobody wants ..
-        columns = ids.shape[1] + new_tokens
+        columns = columns_of(ids.shape[1], new_tokens)
         cache = StaticCache(config=self.model.config, max_cache_len=columns)
         if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
-            piece = max(PREFILL // prefix_ids.numel(), 1)
-            self._generate(prefix_ids, prefix_mask, once, 1, prefill_chunk_size=piece)
+            self._generate(prefix_ids, prefix_mask, once, 1)
             # .. and copied into the rows that begin with it
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])
                 read.keys = read.values = None  # or the memory would hold both
         return ids, mask, cache
 
-    def _generate(self, ids, mask, cache, new_tokens, processors=(), **settings):
-        """`generate` -> ids with the new ones."""
+    def _generate(self, ids, mask, cache, new_tokens, processors=()):
+        """`generate` -> ids with the new ones. Prompts are read in pieces, so that the mask of one
+        has about PREFILL elements at most."""
         from transformers import LogitsProcessorList
 
+        tokens = len(ids) * columns_of(ids.shape[1], new_tokens)
+        piece = max(PREFILL // tokens, 1) if cache is not None else None
         return self.model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList(processors), **settings,
+            logits_processor=LogitsProcessorList(processors), prefill_chunk_size=piece,
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
         )  # fmt: skip
 
@@ -690,6 +692,12 @@ class Sampler:
         length = ends[0] if ends else len(new)
         stopped = self.stop(new[:length]) if self.stop else None
         return stopped or length, bool(stopped or ends)
+
+
+def columns_of(*widths):
+    """Columns of a cache for these: in eights, or attention on a GPU would pad its mask in every
+    layer and step."""
+    return -(-sum(widths) // 8) * 8
 
 
 def pad_left(sequences, device):

@@ -824,14 +824,24 @@ def test_random_work_equals_plain_generate(seed, monkeypatch):
     assert responses == plain_greedy(model, prompts, limits)
 
 
-@pytest.mark.parametrize("elements, longest", [(1, 2), (500, 12), (2**28, 39)])
-def test_long_prompts_are_read_in_pieces_and_the_tokens_stay(elements, longest, monkeypatch):
+# the most elements of a mask; of a prefix and of five rests, up to 80 columns, the longest piece
+@pytest.mark.parametrize("elements, prefix, rest", [
+    (1, 1, 1),
+    (500, 12, 1),
+    (2000, 38, 5),
+    (2**28, 38, 33),
+])  # fmt: skip
+def test_prefixes_and_rests_are_read_in_pieces_and_the_tokens_stay(
+    elements, prefix, rest, monkeypatch
+):
     monkeypatch.setattr(rollout, "PREFILL", elements)
     head, model = list(range(1, 40)), tiny_model()
-    work = [head + [5], head + [6], head + [6, 7]], [9, 9, 9]
+    rests = [[], [5], [6], *([token] * 30 + [5, 5] for token in (7, 8))]
+    work = [head + rest for rest in rests], [9] * 5
     shapes = watch(model)
     assert greedy(model, *work, segment=4) == plain_greedy(tiny_model(), *work)
-    assert max(columns for _, columns in shapes) == longest
+    assert max(new for rows, new in shapes if rows == 1) == prefix
+    assert max(new for rows, new in shapes if rows == 5) == rest
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
@@ -1094,11 +1104,18 @@ def test_the_tokens_in_the_cache_stay_within_kv_tokens(kv_tokens, share):
     assert kv_tokens / 2 < max(sizes) <= kv_tokens  # and the budget is used
 
 
+def test_the_columns_of_a_cache_come_in_eights():
+    model = tiny_model()
+    sizes = cache_sizes(model)
+    sample(model, [P] * 3, [5] * 3, ends=[])
+    assert sizes[1:] == [3 * 16] * 5  # 8 of the prompt, 5 new ones
+
+
 def test_a_row_that_is_longer_than_the_budget_runs_alone():
     model = tiny_model()
     sizes = cache_sizes(model)
     sample(model, [P] * 3, [30] * 3, ends=[], kv_tokens=10)
-    assert max(sizes) <= len(P) + 30
+    assert max(sizes) <= len(P) + 30 + 7  # columns come in eights
 
 
 def test_equal_prompts_are_read_once():

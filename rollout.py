@@ -595,7 +595,7 @@ class Sampler:
             yield batch
 
     def _read(self, batch, prompts, new_tokens):
-        """-> ids (B, N), mask (B, N), and a cache that holds the prefixes, with room for the rest.
+        """-> ids (B, N), mask (B, N), and a cache of all but the last column, with room for more.
 
         Columns are [pad | common prefix][pad | the row's own rest][new tokens]."""
         from transformers import DynamicCache, StaticCache
@@ -614,28 +614,34 @@ class Sampler:
         if not self.share:
             return ids, mask, None
 
-        # every prefix is read once, by a `generate` whose one token nobody wants ..
+        # every prefix is read once, and copied into the rows that begin with it ..
         columns = columns_of(ids.shape[1], new_tokens)
         cache = StaticCache(config=self.model.config, max_cache_len=columns)
         if prefix_ids.shape[1]:
             once = DynamicCache(config=self.model.config)
-            self._generate(prefix_ids, prefix_mask, once, 1)
-            # .. and copied into the rows that begin with it
+            self._fill(once, prefix_ids, prefix_mask, prefix_ids.shape[1])
             for layer, read in zip(cache.layers, once.layers, strict=True):
                 layer.update(read.keys[group], read.values[group])
                 read.keys = read.values = None  # or the memory would hold both
+        # .. then the rests, but for the last token
+        self._fill(cache, ids[:, :-1], mask[:, :-1], columns)
         return ids, mask, cache
 
+    def _fill(self, cache, ids, mask, columns):
+        """Reads what the cache does not hold yet, in pieces whose attention mask has up to PREFILL
+        elements, by a `generate` each, whose one token nobody wants."""
+        piece = max(PREFILL // (len(ids) * columns), 1)
+        while (held := int(cache.get_seq_length())) < ids.shape[1]:
+            end = min(held + piece, ids.shape[1])
+            self._generate(ids[:, :end], mask[:, :end], cache, 1)
+
     def _generate(self, ids, mask, cache, new_tokens, processors=()):
-        """`generate` -> ids with the new ones. Prompts are read in pieces, so that the mask of one
-        has about PREFILL elements at most."""
+        """`generate` -> ids with the new ones."""
         from transformers import LogitsProcessorList
 
-        tokens = len(ids) * columns_of(ids.shape[1], new_tokens)
-        piece = max(PREFILL // tokens, 1) if cache is not None else None
         return self.model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList(processors), prefill_chunk_size=piece,
+            logits_processor=LogitsProcessorList(processors),
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
         )  # fmt: skip
 

@@ -827,9 +827,9 @@ def test_random_work_equals_plain_generate(seed, monkeypatch):
 # the most elements of a mask; of a prefix and of five rests, up to 80 columns, the longest piece
 @pytest.mark.parametrize("elements, prefix, rest", [
     (1, 1, 1),
-    (500, 12, 1),
+    (500, 13, 1),
     (2000, 38, 5),
-    (2**28, 38, 33),
+    (2**28, 38, 32),
 ])  # fmt: skip
 def test_prefixes_and_rests_are_read_in_pieces_and_the_tokens_stay(
     elements, prefix, rest, monkeypatch

@@ -26,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import re
+from dataclasses import dataclass, field
 from os.path import commonprefix  # of lists as well
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ CLOSES = re.compile(
     r"|<\|channel\|>final<\|message\|>"
 )
 NO_MEMORY = "No previous memory"
+STRAGGLERS = 1 / 8  # rows of a batch that are put off, to end together with those of others
 PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
 
 PROBLEM = """One entity was replaced by [MASK] everywhere in a long article. Judging by the whole \
@@ -519,12 +521,33 @@ def context_of(model):
     return context
 
 
+@dataclass
+class Row:
+    """A prompt on its way to its response."""
+
+    prompt: list
+    limit: int
+    key: tuple
+    ids: list = field(default_factory=list)  # what is written so far ..
+    logps: list = field(default_factory=list)  # .. and what it was drawn at
+    truncated: bool = False
+
+    @property
+    def text(self):
+        return self.prompt + self.ids
+
+    @property
+    def left(self):
+        return self.limit - len(self.ids)
+
+
 class Sampler:
     """Turns prompts into responses with `model.generate`: (prompts, limits, keys) -> `Response`s.
 
     What prompts have in common is read once; rows are packed under `kv_tokens`, the tokens that the
     cache may hold, padding included; after every `segment` new tokens, finished rows leave the
-    batch. Greedy where temperature is 0. ValueError where a turn outgrows the model's context.
+    batch, and the last ones of several batches end together. Greedy where temperature is 0.
+    ValueError where a turn outgrows the model's context.
 
     model: a causal language model. seed: part of all noise, with the keys given in every call.
     stop: None, or what agents have as their own `stop`, so that such rows leave at once.
@@ -557,8 +580,7 @@ class Sampler:
         # eval(): checkpointing spoils generation. The settings are the model's own ones for now:
         # what a config passed to `generate` leaves unset (top_k, repetition_penalty) would be
         # filled from those that came with the checkpoint.
-        model, responses = self.model, [None] * len(prompts)
-        shipped, training = model.generation_config, model.training
+        model, shipped, training = self.model, self.model.generation_config, self.model.training
         model.generation_config = GenerationConfig(
             eos_token_id=self.end_ids,
             pad_token_id=0,  # any id: padding is masked wherever it stands
@@ -567,47 +589,55 @@ class Sampler:
             disable_compile=True,
         )
         model.eval()
+        rows = [Row(*row) for row in zip(prompts, limits, keys, strict=True)]
+        waiting = rows
         try:
-            for batch in self._batches(prompts, limits):
-                for i, response in self._sample(batch, prompts, limits, keys):
-                    responses[i] = response
+            while waiting:
+                batches, waiting = list(self._batches(waiting)), []
+                # the last rows of several batches finish in one
+                few = STRAGGLERS if self.share and len(batches) > 1 else 0
+                for batch in batches:
+                    waiting += self._sample(batch, few * len(batch))
         finally:
             model.generation_config = shipped
             model.train(training)
-        return responses
+        return [Response(row.ids, row.truncated, row.logps) for row in rows]
 
-    def _batches(self, prompts, limits):
-        """Lists of rows (prefix length, index of the prompt), longest first. What a batch puts into
-        the cache, rows * columns, stays within kv_tokens; one row always fits."""
-        groups = shared_prefixes(prompts) if self.share else [(0, [i]) for i in range(len(prompts))]
-        groups.sort(key=lambda group: -len(prompts[group[1][0]]) - limits[group[1][0]])
+    def _batches(self, rows):
+        """Lists of (prefix length, row), longest first. What a batch puts into the cache, rows *
+        columns, stays within kv_tokens; one row always fits."""
+        groups = [(0, [i]) for i in range(len(rows))]
+        if self.share:
+            groups = shared_prefixes([row.text for row in rows])
+        groups = [(prefix, [rows[i] for i in members]) for prefix, members in groups]
+        groups.sort(key=lambda group: -len(group[1][0].prompt) - group[1][0].limit)
         batch, widths = [], (0, 0, 0)
         for prefix, members in groups:
-            for i in members:
-                # the longest prefix, the longest rest, the highest limit
-                own = (prefix, len(prompts[i]) - prefix, limits[i])
+            for row in members:
+                # the longest prefix, the longest rest, the most new tokens
+                own = (prefix, len(row.text) - prefix, row.left)
                 widths = tuple(map(max, widths, own))
                 if batch and (len(batch) + 1) * columns_of(*widths) > self.kv_tokens:
                     yield batch
                     batch, widths = [], own
-                batch.append((prefix, i))
+                batch.append((prefix, row))
         if batch:
             yield batch
 
-    def _read(self, batch, prompts, new_tokens):
+    def _read(self, batch, new_tokens):
         """-> ids (B, N), mask (B, N), and a cache of all but the last column, with room for more.
 
         Columns are [pad | common prefix][pad | the row's own rest][new tokens]."""
         from transformers import DynamicCache, StaticCache
 
         prefixes, group = [], []  # group (B,): of a row, its prefix
-        for length, i in batch:
-            if prompts[i][:length] not in prefixes[-1:]:
-                prefixes.append(prompts[i][:length])
+        for length, row in batch:
+            if row.text[:length] not in prefixes[-1:]:
+                prefixes.append(row.text[:length])
             group.append(len(prefixes) - 1)
         group = torch.tensor(group, device=self.model.device)
         prefix_ids, prefix_mask = pad_left(prefixes, self.model.device)
-        rests = [prompts[i][length:] for length, i in batch]
+        rests = [row.text[length:] for length, row in batch]
         rest_ids, rest_mask = pad_left(rests, self.model.device)
         ids = torch.cat([prefix_ids[group], rest_ids], 1)
         mask = torch.cat([prefix_mask[group], rest_mask], 1)
@@ -645,59 +675,60 @@ class Sampler:
             synced_gpus=False,  # no collective inside: ranks have different numbers of rows
         )  # fmt: skip
 
-    def _sample(self, batch, prompts, limits, keys):
-        """Yields (index of the prompt, Response) as the rows of a batch finish."""
+    def _sample(self, batch, few):
+        """Writes on until all rows of a batch but a few have their responses. -> those few"""
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         # noise (B, most new tokens), temperature and top_p
-        rows = [i for _, i in batch]
-        most = max(limits[i] for i in rows)
-        ids, mask, cache = self._read(batch, prompts, most)
+        rows = [row for _, row in batch]
+        most = max(row.left for row in rows)
+        ids, mask, cache = self._read(batch, most)
         uniform, warpers = None, []
         if self.temperature:
-            noise = [uniform_noise((self.seed, *keys[i]), most) for i in rows]
-            uniform = torch.from_numpy(np.stack(noise)).to(ids.device)
+            counts = [len(row.ids) + most for row in rows]
+            noise = [uniform_noise((self.seed, *row.key), n) for row, n in zip(rows, counts)]
+            noise = np.stack([numbers[-most:] for numbers in noise])
+            uniform = torch.from_numpy(noise).to(ids.device)
         if self.temperature not in (0, 1):
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.temperature and self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
 
-        start, logps = ids.shape[1], torch.empty(len(rows), 0, device=ids.device)
-        while rows:
+        while len(rows) > few:
             # a segment of new tokens for all rows
-            done = ids.shape[1] - start
-            left = max(limits[i] for i in rows) - done
-            draw = Draw(None if uniform is None else uniform[:, done:])
+            start, left = ids.shape[1], max(row.left for row in rows)
             segment = min(self.segment, left) if self.share else left
+            draw = Draw(uniform)
             ids = self._generate(ids, mask, cache, segment, [*warpers, draw])
-            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], 1)
-            logps = torch.cat([logps, torch.stack(draw.logps, 1)], 1)  # (B, new tokens)
+            drawn = torch.stack(draw.logps, 1)  # (B, new tokens)
+            mask = torch.cat([mask, mask.new_ones(drawn.shape)], 1)
+            uniform = None if uniform is None else uniform[:, drawn.shape[1] :]
+            for row, new, logps in zip(rows, ids[:, start:].tolist(), drawn.tolist()):
+                row.ids, row.logps = row.ids + new, row.logps + logps
 
-            # hand out what is complete
-            unfinished = []
-            for row, (i, new) in enumerate(zip(rows, ids[:, start:].tolist())):
-                new = new[: limits[i]]
-                length, ended = self._complete(new)
-                if ended or len(new) == limits[i]:
-                    yield i, Response(new[:length], not ended, logps[row, :length].tolist())
-                else:
-                    unfinished.append(row)
-
-            # the others continue alone
-            if len(unfinished) < len(rows):
-                keep = torch.tensor(unfinished, dtype=torch.long, device=ids.device)
-                for layer in cache.layers if cache and unfinished else []:
+            # those whose response is complete leave
+            going = [n for n, row in enumerate(rows) if not self._ends(row)]
+            if len(going) < len(rows):
+                keep = torch.tensor(going, dtype=torch.long, device=ids.device)
+                for layer in cache.layers if cache and going else []:
                     layer.keys, layer.values = layer.keys[keep], layer.values[keep]
-                ids, mask, logps = ids[keep], mask[keep], logps[keep]
+                ids, mask = ids[keep], mask[keep]
                 uniform = None if uniform is None else uniform[keep]
-                rows = [rows[row] for row in unfinished]
+                rows = [rows[n] for n in going]
+        return rows
 
-    def _complete(self, new):
-        """The length of the response among a row's new ids, and whether it ends there by itself."""
-        ends = [n for n, token in enumerate(new, 1) if token in self.end_ids]
-        length = ends[0] if ends else len(new)
-        stopped = self.stop(new[:length]) if self.stop else None
-        return stopped or length, bool(stopped or ends)
+    def _ends(self, row):
+        """Whether a row's response is complete; what was written beyond its end is cut off."""
+        ids = row.ids[: row.limit]
+        ends = [n for n, token in enumerate(ids, 1) if token in self.end_ids]
+        length = ends[0] if ends else len(ids)
+        stopped = self.stop(ids[:length]) if self.stop else None
+        ended = bool(stopped or ends)
+        if not ended and len(ids) < row.limit:
+            return False
+        row.ids, row.logps = row.ids[: stopped or length], row.logps[: stopped or length]
+        row.truncated = not ended
+        return True
 
 
 def columns_of(*widths):

@@ -817,6 +817,7 @@ def test_random_work_equals_plain_generate(seed, monkeypatch):
             prompts.insert(rng.randint(0, 9), head + rest)
             limits.append(rng.choice([1, 2, 8, 21]))
     monkeypatch.setattr(rollout, "PREFILL", rng.choice([1, 300, 2**28]))
+    monkeypatch.setattr(rollout, "STRAGGLERS", rng.choice([0, 1 / 8, 1 / 2]))
     kv_tokens, segment = rng.choice([1, 90, 400, 9999]), rng.choice([1, 3, 32])
 
     model = tiny_model(seed=seed)
@@ -1131,6 +1132,25 @@ def test_finished_rows_leave_the_batch():
     sample(model, [P] * 4, [2, 4, 8, 8], ends=[], segment=2)
     rows = [rows for rows, _ in shapes]
     assert rows == [1, 4, 4, 3, 3, 2, 2, 2, 2]
+
+
+def test_the_last_rows_of_several_batches_end_together_with_the_tokens_they_would_have_had(
+    monkeypatch,
+):
+    """Six rows a batch; in each one goes on for long."""
+    prompts, limits = [word(letter) * 9 for letter in "xyz" for _ in range(6)], [4] * 5 + [24]
+    steps, drawn = {}, {}
+    for share in (0, 1 / 4):
+        monkeypatch.setattr(rollout, "STRAGGLERS", share)
+        model = tiny_model()
+        shapes = watch(model)
+        work = dict(ends=[], segment=2, kv_tokens=6 * 40, temperature=1.0)
+        drawn[share] = sample(model, prompts, limits * 3, **work)
+        steps[share] = sum(new == 1 for _, new in shapes)
+    for before, after in zip(drawn[0], drawn[1 / 4], strict=True):
+        assert after.ids == before.ids and after.truncated == before.truncated
+        assert after.logps == pytest.approx(before.logps, abs=1e-4)
+    assert steps[0] == 3 * 24 and steps[1 / 4] == 3 * 4 + 20
 
 
 # ----------------------------------------------------------------------------- noise: frequencies

@@ -533,10 +533,6 @@ class Row:
     truncated: bool = False
 
     @property
-    def text(self):
-        return self.prompt + self.ids
-
-    @property
     def left(self):
         return self.limit - len(self.ids)
 
@@ -604,23 +600,21 @@ class Sampler:
         return [Response(row.ids, row.truncated, row.logps) for row in rows]
 
     def _batches(self, rows):
-        """Lists of (prefix length, row), longest first. What a batch puts into the cache, rows *
+        """Lists of (prefix, rest, row), longest first. What a batch puts into the cache, rows *
         columns, stays within kv_tokens; one row always fits."""
-        groups = [(0, [i]) for i in range(len(rows))]
-        if self.share:
-            groups = shared_prefixes([row.text for row in rows])
-        groups = [(prefix, [rows[i] for i in members]) for prefix, members in groups]
-        groups.sort(key=lambda group: -len(group[1][0].prompt) - group[1][0].limit)
+        texts = [row.prompt + row.ids for row in rows]
+        groups = shared_prefixes(texts) if self.share else [(0, [i]) for i in range(len(rows))]
+        groups.sort(key=lambda group: -len(texts[group[1][0]]) - rows[group[1][0]].left)
         batch, widths = [], (0, 0, 0)
         for prefix, members in groups:
-            for row in members:
+            for i in members:
                 # the longest prefix, the longest rest, the most new tokens
-                own = (prefix, len(row.text) - prefix, row.left)
+                own = (prefix, len(texts[i]) - prefix, rows[i].left)
                 widths = tuple(map(max, widths, own))
                 if batch and (len(batch) + 1) * columns_of(*widths) > self.kv_tokens:
                     yield batch
                     batch, widths = [], own
-                batch.append((prefix, row))
+                batch.append((texts[i][:prefix], texts[i][prefix:], rows[i]))
         if batch:
             yield batch
 
@@ -631,14 +625,13 @@ class Sampler:
         from transformers import DynamicCache, StaticCache
 
         prefixes, group = [], []  # group (B,): of a row, its prefix
-        for length, row in batch:
-            if row.text[:length] not in prefixes[-1:]:
-                prefixes.append(row.text[:length])
+        for prefix, _, _ in batch:
+            if prefix not in prefixes[-1:]:
+                prefixes.append(prefix)
             group.append(len(prefixes) - 1)
         group = torch.tensor(group, device=self.model.device)
         prefix_ids, prefix_mask = pad_left(prefixes, self.model.device)
-        rests = [row.text[length:] for length, row in batch]
-        rest_ids, rest_mask = pad_left(rests, self.model.device)
+        rest_ids, rest_mask = pad_left([rest for _, rest, _ in batch], self.model.device)
         ids = torch.cat([prefix_ids[group], rest_ids], 1)
         mask = torch.cat([prefix_mask[group], rest_mask], 1)
         if not self.share:
@@ -680,7 +673,7 @@ class Sampler:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         # noise (B, most new tokens), temperature and top_p
-        rows = [row for _, row in batch]
+        rows = [row for _, _, row in batch]
         most = max(row.left for row in rows)
         ids, mask, cache = self._read(batch, most)
         uniform, warpers = None, []

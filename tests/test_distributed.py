@@ -598,6 +598,30 @@ def test_ranks_wait_for_each_other_as_long_as_an_evaluation_takes(monkeypatch):
     assert seen["timeout"].days >= 1 and seen["world_size"] == 1
 
 
+UNEVEN = """
+import datetime, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+import distributed
+
+# three hours pass in a second
+def shortened(**length):
+    return datetime.timedelta(**length) / (3 * 60 * 60)
+
+distributed.datetime = SimpleNamespace(timedelta=shortened)
+distributed.start_ranks()
+time.sleep(4 * distributed.rank())
+print(distributed.all_gather("done"))
+distributed.leave()
+"""
+
+
+def test_a_rank_without_work_waits_for_one_that_has_work_for_half_a_day(tmp_path):
+    done = run([], tmp_path, UNEVEN, ranks=2)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout == "['done', 'done']\n" * 2
+
+
 def test_a_model_that_is_not_trained_has_no_master_copy(alone, monkeypatch):
     monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
     policy = distributed.shard(grpo.Policy(tiny_model()), alone, master=False)

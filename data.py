@@ -285,11 +285,19 @@ def _hide(target, text, tokenizer, chunk_tokens):
 def build(args):
     """Write a folder of masked documents to args.out: `save_documents` says what it holds."""
     # read, index and tag the corpus
-    open_ner(args.ner)  # what is not installed is said before hours of reading
+    read_rows(args.corpus)  # what is not there, or not installed, is said before hours of reading
+    open_ner(args.ner)
     texts, articles = read_corpus(args.corpus, args.passage_words, args.max_passages, args.seed)
     total = 1 + args.related + args.random
     if len(texts) < total:
         raise InputError(f"{args.corpus}: {len(texts)} passages, a document needs {total}")
+    heldout = min(128, (args.documents + 9) // 10) if args.heldout < 0 else args.heldout
+    pivots = split_pivots(articles, args.seed)
+    counts = {"train": args.documents, "heldout": heldout}
+    for split, count in counts.items():
+        if count and not pivots[split]:
+            few = f"a tenth of its {len(set(articles))} articles is held out: none is left for {split}"
+            raise InputError(f"{args.corpus}: {few}; use more, another --seed or --heldout 0")
     search = open_index(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
 
@@ -299,9 +307,7 @@ def build(args):
 
     # draw and write the documents
     started = time.time()
-    corpus, pivots = Corpus(texts, entities, related), split_pivots(articles, args.seed)
-    heldout = min(128, (args.documents + 9) // 10) if args.heldout < 0 else args.heldout
-    counts, parts = {"train": args.documents, "heldout": heldout}, {}
+    corpus, parts = Corpus(texts, entities, related), {}
     for split, count in counts.items():
         parts[split] = draw_documents(corpus, pivots[split], args, split, count)
     save_documents(args.out, parts)
@@ -405,12 +411,13 @@ NO_DATA = r"(?i)(^|/)(\.|readme|licen[cs]e)|\.md$"  # may lie in a folder: hidde
 
 
 def read_rows(source, columns=None, stream=False, seed=0):
-    """Yield (where, row): every row as a dict, and where it stands, for messages.
+    """(where, row) of all rows: every row as a dict, and where it stands, for messages.
 
     A folder is its files, also those of its folders, in sorted order, each read as by itself.
     columns: of parquet only these are read ("a.b" is a field of a struct): MemAgent's files hold
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
-    shuffled with the seed and streamed, not downloaded whole. InputError for what can't be read.
+    shuffled with the seed and streamed, not downloaded whole. InputError for what can't be read;
+    for a source that is not there at once, before the first row is asked for.
     """
     kind = re.search(ROW_FILE, source)
     repo, _, file = source.partition(":")
@@ -431,10 +438,14 @@ def read_rows(source, columns=None, stream=False, seed=0):
     else:
         rows = _file_rows(source, kind[1])
 
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
-        yield where, row
+    return map(_checked_row, rows)
+
+
+def _checked_row(found):
+    where, row = found
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
+    return found
 
 
 def _folder_rows(folder, columns):
@@ -1229,6 +1240,7 @@ def _bm25_search(texts):
 
 def _pairs(run):
     letters = "".join(filter(str.isalnum, run[0]))  # vowel signs would part what bm25s reads
+    letters *= 2 if len(letters) == 1 else 1  # bm25s reads no word of one character
     return f" {' '.join(map(''.join, zip(letters, letters[1:])))} "
 
 

@@ -411,6 +411,11 @@ def test_pivots_without_an_entity_are_replaced(tmp_path):
     assert len(build(path, tmp_path / "docs", 20)[0]) == 20
 
 
+def test_a_word_of_one_character_is_found_in_a_script_whose_words_are_pairs():
+    search = data.open_index(["책 of paper", "물 and ice", "얼음 of ice"])
+    assert [[row for row, _ in hits] for hits in search(["물", "얼음"], 3)] == [[1], [2]]
+
+
 def test_search_puts_shared_rare_words_first_and_leaves_out_what_shares_none():
     texts = [f"filler {word} words" for word in "red green blue black white".split()]
     texts += ["zebra stripes filler", "zebra hooves filler"]
@@ -1209,6 +1214,8 @@ def test_a_server_on_this_machine_is_asked_without_the_proxy(server, monkeypatch
     ('{"text": "fine"}\n' * 50, "1 passages, a document needs 11"),
     ("".join(json.dumps({"text": f"nothing {'x' * n} here"}) + "\n" for n in range(50)),
      "no passage for train documents has an entity"),
+    ("".join(json.dumps({"title": "Oslo", "text": f"Ann met {n}."}) + "\n" for n in range(50)),
+     "a tenth of its 1 articles is held out: none is left for heldout"),
 ])  # fmt: skip
 def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(
     content, message, tmp_path, capsys
@@ -1221,6 +1228,14 @@ def test_a_bad_corpus_is_one_line_with_its_place_and_nothing_is_written(
     errors = [line for line in shown if line and "entities:" not in line]
     assert len(errors) == 1 and re.fullmatch(rf"error: .*{message}.*", errors[0])
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_a_corpus_that_is_not_there_is_said_before_a_pipeline_that_is_not_installed(
+    tmp_path, capsys
+):
+    paths = "--corpus", tmp_path / "c.jsonl", "--out", tmp_path / "out", "--documents", 2
+    assert run("build", *paths, "--ner", "no_such_pipeline") == 2
+    assert "c.jsonl: no such file" in capsys.readouterr().err
 
 
 ROW = b'{"text": "x"}\n'
@@ -1278,7 +1293,7 @@ def test_an_output_that_is_there_already_is_not_touched(command, corpus, tmp_pat
      "--documents 0: at least 1 is wanted"),
     (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--relatd", "3"],
      "unrecognized arguments: --relatd"),
-    (["build", "--corpus", "c", "--out", "o", "--documents", "1", "--ner", "xx_none"],
+    (["build", "--corpus", ".", "--out", "o", "--documents", "1", "--ner", "xx_none"],
      "spacy download xx_none"),
     (["longqa", "--questions", "q", "--out", "o.csv"], "can be written"),
     ([], "arguments are required"),

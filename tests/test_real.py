@@ -1,5 +1,6 @@
 """A real pretrained chat model and a real spaCy pipeline, where MEMTRAIN_REAL names a folder with
-smollm2/ (SmolLM2-135M-Instruct as a Hugging Face folder) and site/ (with en_core_web_sm)."""
+smollm2/ (SmolLM2-135M-Instruct as a Hugging Face folder), site/ (with en_core_web_sm) and, where
+they are wanted, Qwen's prompts: qwen/ (any Qwen2.5 that is instruction-tuned)."""
 
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import distributed
@@ -20,8 +22,11 @@ pytestmark = pytest.mark.skipif(
     not (REAL / "smollm2").exists(), reason="set MEMTRAIN_REAL to a folder with smollm2/ and site/"
 )
 
-UPDATE = """<|im_start|>system
-You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+SYSTEM = {
+    "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "qwen": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+}
+UPDATE = """<|im_end|>
 <|im_start|>user
 You are reading a long article section by section, and only your memory passes from one section to \
 the next. Read the section below and write the updated memory: keep what the old memory says that \
@@ -49,7 +54,21 @@ PASSAGES = [
     ("Ada Lovelace worked with Charles Babbage in London in 1843.", {"Ada Lovelace", "London"}),
     ("In 1998 Google was founded in California by Larry Page.", {"California", "Larry Page"}),
     ("Marie Curie was born in Warsaw, then moved to Paris.", {"Marie Curie", "Warsaw", "Paris"}),
-]
+    # of Wikipedia
+    ("In 2006 the WHO reversed a longstanding policy against DDT by recommending that it be used "
+     "as an indoor pesticide.", {"2006", "WHO", "DDT"}),
+    ("In February 2013, Venezuela devalued its currency.", {"February 2013", "Venezuela"}),
+    ("The Montgomery Convention to establish the Confederacy and its executive met February 4, "
+     "1861.", {"Montgomery Convention", "February 4, 1861"}),
+    ("Its growth was encouraged when the country's former head of state, Hastings Kamuzu Banda, "
+     "established it as Malawi's new capital city.", {"Hastings Kamuzu Banda", "Malawi"}),
+    ("They then lost the AFC Championship to the Steelers, who went on to win the Super Bowl.",
+     {"AFC Championship", "Steelers", "Super Bowl"}),
+    ("Alessandro Volta also drew admiration from Napoleon Bonaparte for his invention, and was "
+     "invited to the Institute of France.", {"Napoleon Bonaparte", "Institute of France"}),
+    ("Two contemporaries, Thomas Brattle and Robert Calef, place him at executions.",
+     {"Thomas Brattle", "Robert Calef"}),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +76,16 @@ def smollm2():
     return distributed.load_model(str(REAL / "smollm2"), torch.float32)
 
 
-def test_a_prompt_is_what_a_person_would_have_typed(smollm2):
-    _, tokenizer = smollm2
+@pytest.mark.parametrize("name", SYSTEM)
+def test_a_prompt_is_what_a_person_would_have_typed(name):
+    if not (REAL / name).exists():
+        pytest.skip(f"{REAL} holds no {name}/")
+    tokenizer = AutoTokenizer.from_pretrained(REAL / name)
     prompts = Prompts(tokenizer)
     section = prompts.encode("The mill was built by Peta Holt.")
     problem = prompts.encode("Who built it?")
     ids = prompts.update(problem=problem, memory=prompts.no_memory, section=section)
-    assert tokenizer.decode(ids) == UPDATE
+    assert tokenizer.decode(ids) == f"<|im_start|>system\n{SYSTEM[name]}{UPDATE}"
     assert prompts.ends == {tokenizer.eos_token_id} and prompts.thinks is None
 
 
@@ -94,8 +116,6 @@ def test_training_scores_what_was_sampled_and_greedy_is_what_transformers_writes
 
 
 def test_a_real_model_takes_a_step_and_its_checkpoint_loads(tmp_path, monkeypatch, signals):
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.chdir(tmp_path)
     text = "The mill of Arlen was built in 1811 by Peta Holt, a carpenter from Dunby. " * 4
     row = {"question": "Who built the mill?", "answers": ["Peta Holt"], "context": text}

@@ -259,9 +259,10 @@ def memtrain(setup, rows, step):
     readers, chunks = {}, {}
     rows = {document: {**row, "text": prompts.clean(row["text"])} for document, row in rows.items()}
     for document, row in rows.items():
-        chunks[document] = chunks_of(setup, row["text"])
+        text = row["text"]
+        chunks[document] = chunks_of(setup, text)
         problem = prompts.encode(row["question"]) if row.get("question") else prompts.problem
-        readers[document] = make_readers(setup, problem, chunks[document], (step, document))
+        readers[document] = make_readers(setup, problem, text, chunks[document], (step, document))
     rollout(sum(readers.values(), []), setup.sampler)
 
     # recall: of memory m_k of trajectory i, the entity hidden in an earlier chunk c_l
@@ -301,9 +302,9 @@ def longqa(setup, rows, step, agent=Reader):
     agent: another kind of Reader."""
     readers = {}
     for document, row in rows.items():
-        chunks = chunks_of(setup, setup.prompts.clean(row["context"]))
-        problem = setup.prompts.encode(row["question"])
-        readers[document] = make_readers(setup, problem, chunks, (step, document), agent)
+        text = setup.prompts.clean(row["context"])
+        problem, chunks = setup.prompts.encode(row["question"]), chunks_of(setup, text)
+        readers[document] = make_readers(setup, problem, text, chunks, (step, document), agent)
     rollout(sum(readers.values(), []), setup.sampler)
     groups = []
     for document, row in rows.items():
@@ -363,15 +364,15 @@ def chunks_of(setup, text):
     return chunks
 
 
-def make_readers(setup, problem, chunks, key, agent=Reader):
-    """The `group` trajectories of one document."""
+def make_readers(setup, problem, text, chunks, key, agent=Reader):
+    """The `group` trajectories of one document, whose text is read in these chunks."""
     cfg, ids, readers = setup.cfg, [chunk.ids for chunk in chunks], []
     for i in range(cfg.group):
         own = (*key, i)
         readers.append(
             agent(setup.prompts, problem, ids, cfg.memory_tokens, cfg.answer_tokens, own)
         )
-        readers[-1].unread = unread(chunks)  # for the metric
+        readers[-1].unread = unread(text, chunks)  # for the metric
     return readers
 
 
@@ -518,7 +519,7 @@ def pack_loss(cfg, pack, logps, totals):
     trained = old if old is not None and cfg.old_logps == "trainer" else current
     gap = trained - flat([torch.tensor(s.turn.logps) for s in pack])
     metrics["mismatch"] = gap.abs().mean()
-    metrics["mismatch_kl"] = (gap.exp() - 1 - gap).mean()  # k3 of KL(sampler || trainer)
+    metrics["mismatch_kl"] = (gap.expm1() - gap).mean()  # k3 of KL(sampler || trainer)
     totals["mismatch_max"] = max(totals["mismatch_max"], float(gap.abs().max()))
     totals["tokens"] += len(logps)
     for name, value in metrics.items():
@@ -626,8 +627,9 @@ def origins(given):
     Flags win over the model's memtrain.json, that over the paper's settings of the task."""
     task = given.get("task", Config.task)
     model = distributed.checkpoint_path(given.get("model", Config.model))
-    if model == Config.model and not os.path.exists(model):
-        raise InputError(f"--model {model} is not there: make it with: python tests/pocket.py")
+    if model.count("/") > 1 and not os.path.exists(model):  # no name of the Hub
+        cure = ": make it with: python tests/pocket.py" if model == Config.model else ""
+        raise InputError(f"--model {model} is not there{cure}")
     own = model_settings(model).get("settings", {})
     own = own.get("all", {}) | own.get(task, {})
     fields, merged = {field.name: field for field in dataclasses.fields(Config)}, {}
@@ -880,10 +882,10 @@ def shuffle_rewards(cfg, groups):
         rng.shuffle(group.rewards)
 
 
-def unread(chunks):
-    """The share of a text that lies between its chunks: what --max_chunks left out."""
-    gaps = [after.start - before.end for before, after in zip(chunks, chunks[1:])]
-    return sum(gaps) / max(chunks[-1].end, 1)
+def unread(text, chunks):
+    """The share of a text that none of these chunks of it holds: what --max_chunks left out."""
+    read = sum(chunk.end - chunk.start for chunk in chunks)
+    return (len(text) - read) / max(len(text), 1)
 
 
 # ------------------------------------------------------------------------------ what is reported
@@ -976,7 +978,7 @@ def step_metrics(groups, totals):
         "searches": [agent.searches for agent in searchers],
     }
     sums = {name: (float(sum(values)), len(values)) for name, values in local.items()}
-    for name in set(totals) - {"tokens", "mismatch_max"}:
+    for name in sorted(set(totals) - {"tokens", "mismatch_max"}):
         sums[name] = totals[name], totals["tokens"]
 
     # a rank without work has no totals

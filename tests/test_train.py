@@ -230,8 +230,9 @@ def test_a_folder_in_which_a_run_failed_before_its_first_line_is_free(tmp_path, 
 def test_what_max_chunks_leaves_out_is_a_share_of_the_text():
     spans = [(0, 10), (10, 20), (80, 90), (90, 100)]
     chunks = [data.Chunk([], start, end) for start, end in spans]
-    assert train.unread(chunks) == 0.6 and train.unread(chunks[:2]) == 0.0
-    assert train.unread([data.Chunk([], 0, 0)]) == 0.0
+    assert train.unread("x" * 100, chunks) == 0.6 and train.unread("x" * 20, chunks[:2]) == 0.0
+    assert train.unread("x" * 100, chunks[:1]) == 0.9  # --max_chunks 1 keeps the head alone
+    assert train.unread("", [data.Chunk([], 0, 0)]) == 0.0
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.25), torch.tensor(0.75)])
@@ -510,6 +511,15 @@ def test_the_mismatch_is_the_mean_distance_of_training_and_sampling(alone, old_l
     assert found["mismatch_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-4)
     # KL(sampler || trainer), of tokens that the sampler drew: the mean of r - 1 - log r, r = p / q
     assert found["mismatch_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-4)
+
+
+def test_the_divergence_of_rounding_alone_is_not_lost_in_rounding(alone):
+    sequences, totals, policy = some_sequences(), Counter(), grpo.Policy(tiny_model())
+    plain = policy([s.turn.prompt_ids for s in sequences], [s.turn.response_ids for s in sequences])
+    for s, values in zip(sequences, plain):
+        s.turn = s.turn._replace(logps=(values.detach() + 1e-5).tolist())
+    train.update(train.Config(), policy, Recorder(policy), sequences, totals)
+    assert train.step_metrics([], totals)["mismatch_kl"] == pytest.approx(5e-11, rel=0.1)
 
 
 @given(ranks=st.lists(st.lists(st.integers(1, 30), max_size=12), min_size=1, max_size=5))
@@ -859,6 +869,7 @@ def no_template(tmp_path_factory):
         ("--model {pocket} --group 1", "--group 1"),
         ("--model {pocket} --data nowhere", "nowhere"),
         ("--model nowhere --data x", "nowhere"),
+        ("--model no/such/folder", "no/such/folder is not there"),
         ("", "python tests/pocket.py"),
         ("--model {pocket} --chunk_tokens 100000", "the model's context holds 4096"),
         ("--model {no_template}", "needs --data"),

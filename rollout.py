@@ -5,7 +5,7 @@ An `Agent` asks for text and takes it. A sampler is any callable (prompts, limit
 `rollout` joins the two and records every turn, so that training sees exactly the ids that were
 sampled. Nothing is ever decoded and encoded again.
 
-    python rollout.py            a demo on a random model, offline in seconds
+    python rollout.py            a demo: a random model samples, a Reader reads; offline, seconds
 
 It imports none of its siblings: copy it as it is (torch 2.11 to 2.13, transformers 5.17 to 5.23).
 
@@ -755,5 +755,28 @@ def demo():
     print("the same together as one by one:", *[response.ids for response in alone], sep="\n")
 
 
+def demo_reader():
+    """A Reader reads two sections, then answers; what it writes is a script's, not a model's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+    prompts = Prompts(tokenizer)
+    chunks = [prompts.encode("Ann built a mill. "), prompts.encode("Bob bought it in 1811.")]
+    script = iter(["Ann built a mill.", "Ann's mill is Bob's since 1811.", "\\boxed{Bob}"])
+    reader = Reader(prompts, prompts.encode("Who owns the mill?"), chunks, 64, 64, key=(0,))
+    rollout([reader], lambda asked, limits, keys: [Response(prompts.encode(next(script)))])
+    for number, turn in enumerate(reader.turns, 1):
+        print(f"\n==== turn {number}\n{prompts.text(turn.prompt_ids)}")
+        print(f"---- wrote\n{prompts.text(turn.response_ids)}")
+
+
 if __name__ == "__main__":
     demo()
+    demo_reader()

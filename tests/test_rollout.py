@@ -31,6 +31,14 @@ def test_the_demo_asserts_what_it_shows(capsys, monkeypatch):
         rollout.demo()
 
 
+def test_the_demo_of_a_reader_shows_each_memory_in_the_next_prompt(capsys):
+    rollout.demo_reader()
+    first, second, last = capsys.readouterr().out.split("==== turn")[1:]
+    assert "No previous memory" in first and "<memory>\nAnn built a mill.\n</memory>" in second
+    assert "<memory>\nAnn's mill is Bob's since 1811.\n</memory>" in last
+    assert "section>" not in last and "\\boxed{Bob}" in last
+
+
 @pytest.mark.parametrize("version, works", [
     ("4.57.1", False),
     ("5.16.2", False),

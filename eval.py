@@ -13,7 +13,7 @@ what shows more than a number: questions about a text of one's own, transcripts,
     torchrun --nproc_per_node 8 eval.py ..                         samples divided over ranks
 
 Prompts, sizes and, without --data, held-out data are those of the model's memtrain.json; flags go
-before it. Documents are read whole, however long (training reads --max_chunks sections of them).
+before it. Documents are read whole, however long (train.py reads --max_chunks sections of them).
 
 Every finished sample is a line in OUT.parts/, and tables are made of those lines: an evaluation
 that was stopped resumes there. The noise is a function of (set, question, sample), so that neither
@@ -744,7 +744,8 @@ def parse(argv=None):
     inputs = "runs and tables (curves), a run (view), questions (ask)"
     add("inputs", nargs="*", default=[], help=inputs)
     add("--model", help="Hub name, folder with a checkpoint, or folder of a run")
-    add("--data", nargs="+", help="[NAME=]FILE .. of questions, folders of documents (memtrain)")
+    sources = "[NAME=]FILE .. of questions; folders of documents (memtrain, forgetting)"
+    add("--data", nargs="+", help=sources)
     add("--document", help="a text in UTF-8; - is what comes in (ask)")
     add("--out", help="the table as JSON; questions left (filter); picture (curves); page (view)")
     add("--quiet", action="store_true", help="print the answers alone (ask)")

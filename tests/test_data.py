@@ -197,22 +197,49 @@ def test_unfair_answers_are_left_out():
     assert [name for name in names if data.fair(name, text)] == ["Ann", "1,200", "WHO", "Rome"]
 
 
+def test_words_in_small_letters_small_numbers_ranges_and_torn_quotations_are_no_answers():
+    unfair = "several years later,Two men,High-profile,23,25 and 29 percent,1950s or 1960s,a—b"
+    names = [*unfair.split(","), 'semilanceata"—Europe', "Life 8", "76th", "100", "5 km", "eBay"]
+    assert [name for name in names if data.fair(name, ". ".join(names))] == names[-5:]
+
+
+def test_of_two_names_one_of_which_holds_the_other_the_shorter_is_asked_for():
+    text = "As Rossini, Gioachino Rossini met Alaskan poets of Alaska near New York in May 1822."
+    (spans,) = data.find_entities([text], "rules")
+    assert [text[a:b] for a, b in spans] == ["Rossini", "Alaska", "New York", "May 1822"]
+
+
+@pytest.mark.parametrize("entity, name", [
+    ("over 600", "600"), ("estimated 41.7%", "41.7%"), ("end of the 16th century", "16th century"),
+    ("about US$5 million", "US$5 million"), ('"Bounty', "Bounty"), ('Prince",', "Prince"),
+    ("the United States", "United States"), ("an Osprey's", "Osprey"), ("de Gaulle", "de Gaulle"),
+])  # fmt: skip
+def test_an_entity_loses_the_words_before_a_number_and_what_is_not_its_name(entity, name):
+    start, end = data._trimmed(f"x {entity} y", 2, 2 + len(entity))
+    assert f"x {entity} y"[start:end] == name
+
+
+def test_the_rules_join_no_preposition_with_a_day_and_find_a_name_with_an_ampersand():
+    (spans,) = data.find_entities(["On 15 November 2010 she left Light & Magic."], "rules")
+    assert spans == [(3, 19), (29, 42)]
+
+
 def test_the_rules_find_dates_numbers_names_and_works():
     text = (
-        "John Ronald Reuel Tolkien\nThe writer J. R. R. Tolkien was born on 3 January 1892 in "
+        "The Hobbit\nThe writer J. R. R. Tolkien was born on 3 January 1892 in "
         'Bloemfontein. Although France paid $5 million, he sold 1,500 copies of "The Hobbit" in '
         "World War I. The Germans of the University of Leeds walked 12.5 km in the 19th century "
-        "with Seán O'Brien of the U.S. army. Afterwards nothing happened to Tolkien's Łódź."
+        "with Seán O'Brien of the U.S. army. Afterwards nothing happened to Rowling's Łódź."
     )
     (spans,) = data.find_entities([text], "rules")
     names = [text[a:b] for a, b in spans]
     for name in [
         "J. R. R. Tolkien", "3 January 1892", "Bloemfontein", "France", "$5 million", "1,500",
-        "Hobbit", "World War I", "12.5 km", "19th century", "Seán O'Brien", "U.S.", "Tolkien",
+        "Hobbit", "World War I", "12.5 km", "19th century", "Seán O'Brien", "U.S.", "Rowling",
         "Łódź", "University of Leeds",
     ]:  # fmt: skip
         assert name in names or any(name in longer for longer in names), name
-    assert not {"Although", "Afterwards", "The", "Although France", "Tolkien's"} & set(names)
+    assert not {"Although", "Afterwards", "The", "Although France", "Rowling's"} & set(names)
 
 
 def ruler(folder, *names):

@@ -1087,12 +1087,12 @@ def _fair_entities(texts, ner):
     for text, entities in zip(texts, open_ner(ner)(texts)):
         spans = sorted({_trimmed(text, start, end) for start, end in entities})
         names = {text[start:end] for start, end in spans}
-        names = {name for name in names if fair(name, text)}
-        # of "Murray River" and "Murray" the shorter: the longer one hidden, "Murray" still stands
-        names = [name for name in names if sum(other in name for other in names) == 1]
         # where they stand as whole words: a name within a word could not be hidden
-        starts = {name: set(occurrences(text, name)) for name in names}
-        found.append([(a, b) for a, b in spans if a in starts.get(text[a:b], ())])
+        starts = {name: set(occurrences(text, name)) for name in names if fair(name, text)}
+        # of "Murray River" and "Murray" the shorter: the longer one hidden, "Murray" still stands
+        standing = [name for name in starts if starts[name]]
+        asked = [name for name in standing if sum(part in name for part in standing) == 1]
+        found.append([(a, b) for a, b in spans if text[a:b] in asked and a in starts[text[a:b]]])
     return found
 
 

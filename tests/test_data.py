@@ -209,6 +209,13 @@ def test_of_two_names_one_of_which_holds_the_other_the_shorter_is_asked_for():
     assert [text[a:b] for a, b in spans] == ["Rossini", "Alaska", "New York", "May 1822"]
 
 
+def test_a_name_that_only_stands_within_another_word_takes_no_longer_one_away(monkeypatch):
+    text = "In Annapolis, in Maryland."
+    monkeypatch.setattr(data, "open_ner", lambda _: lambda texts: [[(3, 7), (3, 12), (17, 25)]])
+    (spans,) = data._fair_entities([text], "any")
+    assert [text[a:b] for a, b in spans] == ["Annapolis", "Maryland"]
+
+
 @pytest.mark.parametrize("entity, name", [
     ("over 600", "600"), ("estimated 41.7%", "41.7%"), ("end of the 16th century", "16th century"),
     ("about US$5 million", "US$5 million"), ('"Bounty', "Bounty"), ('Prince",', "Prince"),

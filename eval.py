@@ -270,7 +270,11 @@ def write_questions(out, sets, records):
     """Drops the questions that were answered without their context, in any of the samples."""
     left = []
     for name, rows in sets.items():
-        known = {record["index"] for record in records[name] if record["em"] == 1}
+        known = set()
+        for record in records[name]:  # who knows an answer may have forgotten its box
+            answer = rewards.extract_boxed(record["answer"]) or record["answer"]
+            if rewards.exact_match(answer, rows[record["index"]]["answers"]):
+                known.add(record["index"])
         left += [row for index, row in enumerate(rows) if index not in known]
     if distributed.rank() == 0:
         with data.whole_or_nothing(out) as partial:

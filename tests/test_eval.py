@@ -236,13 +236,14 @@ def test_the_whole_document_fills_the_context_of_the_model_and_yarn_widens_it(
         assert prompt + 64 == 512 if cut else 512 < prompt + 64 <= 4096
 
 
-def test_the_filter_asks_without_the_context_and_drops_what_is_known(
-    alone, tokenizer, tmp_path, capsys
+@pytest.mark.parametrize("said", [r"\boxed{colour1}", "Colour1."])
+def test_the_filter_asks_without_the_context_and_drops_what_is_known_boxed_or_not(
+    said, alone, tokenizer, tmp_path, capsys
 ):
     class Knows(FindsInMemory):
         def respond(self, text):
             assert "colour" not in text
-            return r"\boxed{colour1}"
+            return said
 
     rows = facts(3)
     records = records_of(tmp_path, tokenizer, rows, Knows, command="filter", samples=2)

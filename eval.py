@@ -701,7 +701,8 @@ def draw(sources, out):
     for number, ((x, title), drawn) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, number, xlabel=x, title=title)
         axes.set(xscale="log" if x.startswith("tokens") else "linear")
-        axes.set(ylim=(0, 1.02) if title.startswith(("exact match", "share")) else None)
+        if title.startswith(("exact match", "share")):
+            axes.set(ylim=(-0.02, 1.02))
         for values, style in drawn:
             at, y = [float(each) for each in values], np.array(list(values.values()))
             if y.ndim == 1:

@@ -488,7 +488,7 @@ def test_evaluation_files_of_memagents_shape_load_whole(file, documents):
         assert row["answers"] and isinstance(row["answers"], list)
 
 
-def test_curves_draw_runs_and_tables_on_one_page(tmp_path, monkeypatch):
+def test_curves_draw_runs_and_tables_on_one_page_where_they_can_be_seen(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.chdir(tmp_path)
@@ -514,6 +514,8 @@ def test_curves_draw_runs_and_tables_on_one_page(tmp_path, monkeypatch):
     panels = {}
     for axes in drawn[0].axes:
         panels[axes.get_xlabel(), axes.get_title()] = axes.get_legend_handles_labels()[1]
+        low, high = axes.get_ylim()
+        assert all(low < y < high for line in axes.get_lines() for y in line.get_ydata())
     assert {panel: sorted(labels) for panel, labels in panels.items()} == {
         ("step", evaluation.ANSWERS): ["first", *runs],  # a line each, and dots
         ("step", evaluation.RECALLS): ["first", *runs],

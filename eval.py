@@ -700,7 +700,6 @@ def draw(sources, out):
     figure = Figure(figsize=(5.2 * columns, 3.7 * lines), layout="tight")
     for number, ((x, title), drawn) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, number, xlabel=x, title=title)
-        axes.set(xscale="log" if x.startswith("tokens") else "linear")
         if title.startswith(("exact match", "share")):
             axes.set(ylim=(-0.02, 1.02))
         for values, style in drawn:
@@ -710,6 +709,7 @@ def draw(sources, out):
             else:
                 mean, low, high = y[:, :3].T
                 axes.errorbar(at, mean, [mean - low, high - mean], marker="o", capsize=3, **style)
+        axes.set(xscale="log" if x.startswith("tokens") else "linear")  # now: limits are known
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
         axes.legend(handles.values(), handles.keys(), fontsize="small")
     with data.explained(f"--out {out}", ValueError), data.whole_or_nothing(out) as partial:

@@ -526,6 +526,11 @@ def test_curves_draw_runs_and_tables_on_one_page_where_they_can_be_seen(tmp_path
         ("tokens of the document", evaluation.ANSWERS): ["t.json"],
     }
 
+    Path("one.json").write_text(TABLE)  # a single length has its place on a logarithmic axis
+    evaluation.main(["curves", "one.json", "--out", "one.png"])
+    left, right = drawn[1].axes[0].get_xlim()
+    assert 0 < left < 9 < right and right > 1.5 * left
+
 
 TABLE = '{"table": {"a": {"em": [0.5, 0.4, 0.6], "document_tokens": 9}}}'
 

@@ -652,25 +652,19 @@ class Sampler:
 
     def _fill(self, cache, ids, mask, columns):
         """Reads what the cache does not hold yet, in pieces whose attention mask has up to PREFILL
-        elements, by a `generate` each, whose one token nobody wants."""
+        elements."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         piece = max(PREFILL // (len(ids) * columns), 1)
         while (held := int(cache.get_seq_length())) < ids.shape[1]:
-            end = min(held + piece, ids.shape[1])
-            self._generate(ids[:, :end], mask[:, :end], cache, 1)
-
-    def _generate(self, ids, mask, cache, new_tokens, processors=()):
-        """`generate` -> ids with the new ones."""
-        from transformers import LogitsProcessorList
-
-        return self.model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList(processors),
-            synced_gpus=False,  # no collective inside: ranks have different numbers of rows
-        )  # fmt: skip
+            end = held + piece
+            self.model(
+                ids[:, held:end], attention_mask=mask[:, :end], past_key_values=cache,
+                position_ids=positions[:, held:end], logits_to_keep=1,
+            )  # fmt: skip
 
     def _sample(self, batch, few):
         """Writes on until all rows of a batch but a few have their responses. -> those few"""
-        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         # noise (B, most new tokens), temperature and top_p
         rows = [row for _, _, row in batch]
@@ -692,7 +686,11 @@ class Sampler:
             start, left = ids.shape[1], max(row.left for row in rows)
             segment = min(self.segment, left) if self.share else left
             draw = Draw(uniform)
-            ids = self._generate(ids, mask, cache, segment, [*warpers, draw])
+            ids = self.model.generate(
+                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=segment,
+                logits_processor=LogitsProcessorList([*warpers, draw]),
+                synced_gpus=False,  # no collective inside: ranks have different numbers of rows
+            )  # fmt: skip
             drawn = torch.stack(draw.logps, 1)  # (B, new tokens)
             mask = torch.cat([mask, mask.new_ones(drawn.shape)], 1)
             uniform = None if uniform is None else uniform[:, drawn.shape[1] :]

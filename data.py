@@ -1255,6 +1255,7 @@ def open_encoder(name):
     with explained(f"--encoder {name}: no model that can be loaded", OSError, ValueError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModel.from_pretrained(name, dtype=dtype)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # masked
     model.eval().to(device)
     limits = dict(truncation=True, max_length=min(512, tokenizer.model_max_length))
 

@@ -1069,7 +1069,7 @@ def test_bm25_finds_the_passage_and_leaves_out_what_shares_no_word(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, tokenizer):
-    """A random BERT under a name that asks for E5's prefixes."""
+    """A random BERT under a name that asks for E5's prefixes; its tokenizer has no pad token."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -1077,7 +1077,7 @@ def encoder(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(folder)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    assert tokenizer.pad_token is None
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -1161,6 +1161,13 @@ def test_the_last_rows_of_several_batches_end_together_with_the_tokens_they_woul
     assert steps[0] == 3 * 24 and steps[1 / 4] == 3 * 4 + 20
 
 
+def test_the_last_rows_of_the_only_batch_are_not_put_off():
+    model = tiny_model()
+    shapes = watch(model)
+    sample(model, [P] * 16, [4] * 15 + [24], ends=[], segment=2)
+    assert shapes == [(1, len(P) - 1)] + [(16, 1)] * 4 + [(1, 1)] * 20
+
+
 # ----------------------------------------------------------------------------- noise: frequencies
 
 

@@ -83,7 +83,7 @@ answers in the order of the questions, joined by semicolons and as short as poss
 """
 CLOSED_BOOK = "Solve the problem, and put nothing but the final answer into \\boxed{}.\n"
 YOUR_ANSWER = "\nYour answer:\n"
-TURNS_LEFT = "\n{turns} turns left; the last one must answer.\n"
+TURNS_LEFT = "\nTurns left: {turns}; the last one must answer.\n"
 
 TEMPLATES = {
     "update": UPDATE + PROBLEM_BLOCK + MEMORY_BLOCK + SECTION_BLOCK + "\nUpdated memory:\n",
@@ -91,7 +91,7 @@ TEMPLATES = {
     "recall": RECALL + MEMORY_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
     "whole": WHOLE + PROBLEM_BLOCK + SECTION_BLOCK + YOUR_ANSWER,
     "closed_book": CLOSED_BOOK + PROBLEM_BLOCK + YOUR_ANSWER,
-    "search": SEARCH + PROBLEM_BLOCK + "\n{previous}\n" + TURNS_LEFT,
+    "search": SEARCH + PROBLEM_BLOCK + "{previous}" + TURNS_LEFT,
 }
 
 

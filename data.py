@@ -13,8 +13,8 @@ a data set of the Hub, OWNER/NAME[:CONFIG[:SPLIT]], or one file of it, OWNER/NAM
 Where the paper (section 3.2) is silent, or this differs:
   1. Articles are cut at sentence ends into passages of about 160 words, so that 150 make its
      24k-40k tokens. A text of up to twice as many words is taken as it is.
-  2. Answers are fair: no stop word, number below 100, range of numbers, words in small letters or
-     start of a sentence, and no "Murray River" beside "Murray". Targets follow the same rules.
+  2. Answers are fair: no stop word, bare number below 100, "1950s or 1960s", words in small letters
+     or start of a sentence, and no "Murray River" beside "Murray". Targets follow the same rules.
   3. Every whole-word occurrence in the very same letters is masked: of "Mark" neither "mark" nor
      "Marks"; in scripts without blanks between words, or with particles joined to them, every one.
      Texts are first brought to Unicode NFC and single blanks: one spelling for a name.
@@ -296,7 +296,7 @@ def build(args):
     counts = {"train": args.documents, "heldout": heldout}
     for split, count in counts.items():
         if count and not pivots[split]:
-            few = f"a tenth of its {len(set(articles))} articles is held out: none is left for {split}"
+            few = f"a tenth of {len(set(articles))} articles is held out, and {split} has none"
             raise InputError(f"{args.corpus}: {few}; use more, another --seed or --heldout 0")
     search = open_index(texts, args.encoder)
     entities = find_entities(texts, args.ner, args.processes)
@@ -417,7 +417,7 @@ def read_rows(source, columns=None, stream=False, seed=0):
     columns: of parquet only these are read ("a.b" is a field of a struct): MemAgent's files hold
     nested columns that Arrow can't read from large row groups. stream: a data set of the Hub is
     shuffled with the seed and streamed, not downloaded whole. InputError for what can't be read;
-    for a source that is not there at once, before the first row is asked for.
+    for a file or folder that is not there at once, before the first row is asked for.
     """
     kind = re.search(ROW_FILE, source)
     repo, _, file = source.partition(":")
@@ -1089,7 +1089,8 @@ def _fair_entities(texts, ner):
         names = {text[start:end] for start, end in spans}
         # where they stand as whole words: a name within a word could not be hidden
         starts = {name: set(occurrences(text, name)) for name in names if fair(name, text)}
-        # of "Murray River" and "Murray" the shorter: the longer one hidden, "Murray" still stands
+        # of "Murray River" and "Murray", of "Alaskan" and "Alaska" the shorter: the longer one
+        # hidden, the other would still stand there
         standing = [name for name in starts if starts[name]]
         asked = [name for name in standing if sum(part in name for part in standing) == 1]
         found.append([(a, b) for a, b in spans if text[a:b] in asked and a in starts[text[a:b]]])
@@ -1124,7 +1125,8 @@ def fair(name, text):
         return False
 
     # words in small letters are no name ("years later"), nor if they start a sentence ("Two men")
-    if re.search(r"\d", name) or not name[1:].islower():
+    capitals = name[0].title() != name[0].lower()  # not every script starts names with one
+    if re.search(r"\d", name) or not name[1:].islower() or not capitals:
         return True
     if name.islower():
         return False

@@ -46,7 +46,8 @@ CLOSES = re.compile(
     r"|<\|channel\|>final<\|message\|>"
 )
 NO_MEMORY = "No previous memory"
-STRAGGLERS = 1 / 8  # rows of a batch that are put off, to end together with those of others
+STRAGGLERS = 1 / 8  # of a batch's rows: the last ones, put off to end with those of others ..
+WORTH = 32  # .. where a prompt has up to so many tokens for each that may be written
 PREFILL = 2**28  # most elements of an attention mask (rows * new columns * all columns)
 
 PROBLEM = """One entity was replaced by [MASK] everywhere in a long article. Judging by the whole \
@@ -548,7 +549,7 @@ class Sampler:
     model: a causal language model. seed: part of all noise, with the keys given in every call.
     stop: None, or what agents have as their own `stop`, so that such rows leave at once.
     share: False for a model with other than plain full attention in every layer (state-space
-    layers, sliding windows, soft caps): every batch is then one plain `generate`.
+    layers, sliding windows, soft caps, ALiBi): every batch is then one plain `generate`.
     """
 
     def __init__(
@@ -589,11 +590,13 @@ class Sampler:
         waiting = rows
         try:
             while waiting:
+                # the last rows of several batches end together, if to read their prompts again
+                # is not more than to wait for them
+                worth = all(len(row.prompt) <= WORTH * row.limit for row in waiting)
                 batches, waiting = list(self._batches(waiting)), []
-                # the last rows of several batches finish in one
-                few = STRAGGLERS if self.share and len(batches) > 1 else 0
+                share = STRAGGLERS if self.share and worth and len(batches) > 1 else 0
                 for batch in batches:
-                    waiting += self._sample(batch, few * len(batch))
+                    waiting += self._sample(batch, few=share * len(batch))
         finally:
             model.generation_config = shipped
             model.train(training)
@@ -655,21 +658,22 @@ class Sampler:
         elements."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         piece = max(PREFILL // (len(ids) * columns), 1)
-        while (held := int(cache.get_seq_length())) < ids.shape[1]:
-            end = held + piece
+        for start in range(int(cache.get_seq_length()), ids.shape[1], piece):
+            end = start + piece
             self.model(
-                ids[:, held:end], attention_mask=mask[:, :end], past_key_values=cache,
-                position_ids=positions[:, held:end], logits_to_keep=1,
+                ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache,
+                position_ids=positions[:, start:end], logits_to_keep=1,
             )  # fmt: skip
 
     def _sample(self, batch, few):
         """Writes on until all rows of a batch but a few have their responses. -> those few"""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        # noise (B, most new tokens), temperature and top_p
         rows = [row for _, _, row in batch]
         most = max(row.left for row in rows)
         ids, mask, cache = self._read(batch, most)
+
+        # noise (B, most new tokens), temperature and top_p
         uniform, warpers = None, []
         if self.temperature:
             counts = [len(row.ids) + most for row in rows]
@@ -698,7 +702,7 @@ class Sampler:
                 row.ids, row.logps = row.ids + new, row.logps + logps
 
             # those whose response is complete leave
-            going = [n for n, row in enumerate(rows) if not self._ends(row)]
+            going = [n for n, row in enumerate(rows) if not self._finish(row)]
             if len(going) < len(rows):
                 keep = torch.tensor(going, dtype=torch.long, device=ids.device)
                 for layer in cache.layers if cache and going else []:
@@ -708,8 +712,8 @@ class Sampler:
                 rows = [rows[n] for n in going]
         return rows
 
-    def _ends(self, row):
-        """Whether a row's response is complete; what was written beyond its end is cut off."""
+    def _finish(self, row):
+        """Cuts a row where its response ends. -> whether it does"""
         ids = row.ids[: row.limit]
         ends = [n for n, token in enumerate(ids, 1) if token in self.end_ids]
         length = ends[0] if ends else len(ids)

@@ -131,15 +131,16 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="folder that data.py build wrote")
     parser.add_argument("--out", required=True, help="folder for the model")
     args = parser.parse_args(argv)
-    rows = list(data.load_documents(args.data, "train"))
+    rows, wanted = list(data.load_documents(args.data, "train")), sum(x.documents for x in LESSONS)
+    if len(rows) < wanted:
+        raise data.InputError(f"{args.data}: {len(rows)} documents, {wanted} are wanted")
     lm, tokenizer = distributed.load_model(args.model, torch.float32)
     prompts = Prompts(tokenizer, TEMPLATES, PROBLEM, SIZES["prompt_order"])
     setup = train.Setup(train.Config(**SIZES), prompts, None)
     policy = grpo.Policy(lm).train()
     for lesson in LESSONS:
-        rng, left = random.Random(0), len(rows) - lesson.documents
-        learn(policy, [turns(setup, row, lesson, rng) for row in rows[max(left, 0) :]])
-        rows = rows[: max(left, 0)] or rows  # a small set is used again
+        rng, rows, taken = random.Random(0), rows[: -lesson.documents], rows[-lesson.documents :]
+        learn(policy, [turns(setup, row, lesson, rng) for row in taken])
 
     lm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

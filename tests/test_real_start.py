@@ -55,10 +55,16 @@ def test_it_lowers_the_loss_and_writes_a_model_that_train_py_takes(
     model = tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
-    rows = [document(number) for number in range(40)]
+    rows = [document(number) for number in range(80)]
     data.save_documents("docs", {"train": iter(rows), "heldout": iter(rows[:2])})
     monkeypatch.setattr(real_start, "LR", 1e-2)
-    real_start.main("--model model --data docs --out start".split())
+    flags = "--model model --data docs --out start".split()
+    with pytest.raises(SystemExit):
+        real_start.main(flags)
+    assert "docs: 80 documents, 232 are wanted" in capsys.readouterr().err
+    lessons = [lesson._replace(documents=40) for lesson in real_start.LESSONS]
+    monkeypatch.setattr(real_start, "LESSONS", lessons)
+    real_start.main(flags)
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < losses[0] / 2
     cfg = train.configure({"model": "start", "data": ["docs"]})

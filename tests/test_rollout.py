@@ -1142,23 +1142,24 @@ def test_finished_rows_leave_the_batch():
     assert rows == [1, 4, 4, 3, 3, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("worth, steps", [(32, 3 * 4 + 20), (2, 3 * 24)])
 def test_the_last_rows_of_several_batches_end_together_with_the_tokens_they_would_have_had(
-    monkeypatch,
+    worth, steps, monkeypatch
 ):
-    """Six rows a batch; in each one goes on for long."""
+    """Six rows a batch; in each one goes on for long. Prompts have 9 tokens, some limits are 4."""
     prompts, limits = [word(letter) * 9 for letter in "xyz" for _ in range(6)], [4] * 5 + [24]
-    steps, drawn = {}, {}
-    for share in (0, 1 / 4):
-        monkeypatch.setattr(rollout, "STRAGGLERS", share)
-        model = tiny_model()
-        shapes = watch(model)
-        work = dict(ends=[], segment=2, kv_tokens=6 * 40, temperature=1.0)
-        drawn[share] = sample(model, prompts, limits * 3, **work)
-        steps[share] = sum(new == 1 for _, new in shapes)
-    for before, after in zip(drawn[0], drawn[1 / 4], strict=True):
+    work = dict(ends=[], segment=2, kv_tokens=6 * 40, temperature=1.0)
+    monkeypatch.setattr(rollout, "STRAGGLERS", 0)
+    alone = sample(tiny_model(), prompts, limits * 3, **work)
+    monkeypatch.setattr(rollout, "STRAGGLERS", 1 / 4)
+    monkeypatch.setattr(rollout, "WORTH", worth)
+    model = tiny_model()
+    shapes = watch(model)
+    together = sample(model, prompts, limits * 3, **work)
+    for before, after in zip(alone, together, strict=True):
         assert after.ids == before.ids and after.truncated == before.truncated
         assert after.logps == pytest.approx(before.logps, abs=1e-4)
-    assert steps[0] == 3 * 24 and steps[1 / 4] == 3 * 4 + 20
+    assert sum(new == 1 for _, new in shapes) == steps
 
 
 def test_the_last_rows_of_the_only_batch_are_not_put_off():

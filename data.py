@@ -1093,7 +1093,8 @@ def _fair_entities(texts, ner):
         # hidden, the other would still stand there
         standing = [name for name in starts if starts[name]]
         asked = [name for name in standing if sum(part in name for part in standing) == 1]
-        found.append([(a, b) for a, b in spans if text[a:b] in asked and a in starts[text[a:b]]])
+        kept = {name: starts[name] for name in asked}
+        found.append([(a, b) for a, b in spans if a in kept.get(text[a:b], ())])
     return found
 
 

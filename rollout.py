@@ -594,9 +594,9 @@ class Sampler:
                 # is not more than to wait for them
                 worth = all(len(row.prompt) <= WORTH * row.limit for row in waiting)
                 batches, waiting = list(self._batches(waiting)), []
-                share = STRAGGLERS if self.share and worth and len(batches) > 1 else 0
+                put_off = STRAGGLERS if self.share and worth and len(batches) > 1 else 0
                 for batch in batches:
-                    waiting += self._sample(batch, few=share * len(batch))
+                    waiting += self._sample(batch, few=put_off * len(batch))
         finally:
             model.generation_config = shipped
             model.train(training)

@@ -59,9 +59,6 @@ def turns(setup, row, lesson, rng):
     tokenizer, text = prompts.tokenizer, prompts.clean(row["text"])
     row = {**row, "text": text}
 
-    def response(said):
-        return tokenizer(said, add_special_tokens=False)["input_ids"]
-
     # memories: what is said of [MASK], then names, as many as there is room for
     written, end, names, clue = [], [tokenizer.eos_token_id], [], []
     chunks, memories = train.chunks_of(setup, text), [prompts.no_memory]
@@ -75,18 +72,18 @@ def turns(setup, row, lesson, rng):
             clue = [*before.split()[-lesson.words :], MASK, *after.split()[: lesson.words]]
         memory = []
         for said in [" ".join(clue), *names] if clue else names:
-            longer = response("; ".join([*memory, said]))
+            longer = prompts.encode("; ".join([*memory, said]))
             if len(longer) > cfg.memory_tokens - 2:
                 break
             memory.append(said)
-        ids = response("; ".join(memory))
+        ids = prompts.encode("; ".join(memory))
         prompt = prompts.update(problem=prompts.problem, memory=memories[-1], section=chunk.ids)
         written.append((prompt, ids + end))
         memories.append(ids)
 
     # the answer, and one recall of anything or two of what the memory holds
     prompt = prompts.answer(problem=prompts.problem, memory=memories[-1])
-    written.append((prompt, response(f"\\boxed{{{row['answer']}}}") + end))
+    written.append((prompt, prompts.encode(f"\\boxed{{{row['answer']}}}") + end))
     asked = set()
     for _ in range(12 if lesson.held else 1):
         drawn = data.draw_recall(row, chunks, tokenizer, cfg.chunk_tokens, rng)
@@ -96,7 +93,7 @@ def turns(setup, row, lesson, rng):
         if not lesson.held or drawn.target in tokenizer.decode(memory):
             asked.add(drawn.target)
             prompt = prompts.recall(memory=memory, section=drawn.ids)
-            written.append((prompt, response(f"\\boxed{{{drawn.target}}}") + end))
+            written.append((prompt, prompts.encode(f"\\boxed{{{drawn.target}}}") + end))
         if len(asked) == 2:
             break
     return written
